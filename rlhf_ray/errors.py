@@ -46,11 +46,15 @@ class EngineError(RlhfError):
     """A rollout engine, scorer or trainer failed or missed its deadline."""
 
 
+class ActorDied(EngineError):
+    """The process of an actor ended while something was asked of it."""
+
+
 class StageError(RlhfError):
     """A stage cannot start or continue, such as a run directory that already holds another run."""
 
 
 class RunStopped(RlhfError):
-    """The run was asked to stop (SIGTERM), wrote a checkpoint and ended; the same command continues it."""
+    """The run was asked to stop (SIGTERM, or Ctrl-C), wrote a checkpoint and ended; the same command continues it."""
 
     exit_code = 143

@@ -16,12 +16,12 @@ import pyarrow
 import pyarrow.parquet
 
 from rlhf_ray.errors import DataError
+from rlhf_ray.names import FILE_SUFFIXES, is_hub_name
 
 logger = logging.getLogger(__name__)
 
 OnMalformed = Literal["error", "skip"]
 
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 FOLDER_SUFFIXES = (".jsonl", ".parquet")
 
 
@@ -138,7 +138,7 @@ def _expand(path: str) -> list[Path] | list[str]:
                 "JSON Lines for instance"
             )
         return [location]
-    if location.suffix in FILE_SUFFIXES or path.startswith(("/", ".", "~")):
+    if not is_hub_name(path):
         raise DataError(_missing(location))
     return [path]
 

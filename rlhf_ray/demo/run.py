@@ -28,6 +28,8 @@ from rlhf_ray.tracking.rundir import write_text
 logger = logging.getLogger(__name__)
 
 EVALUATION_TIMEOUT_S = 300.0
+# 200 pairs need more passes than thousands, and fewer steps to warm up.
+FEW_LABELS_EPOCHS = 8
 
 
 def run_demo(config_path: Path, out_dir: Path, seed: int, *, few_labels: bool = False) -> dict[str, Any]:
@@ -72,6 +74,8 @@ def demo_config(config_path: Path, out_dir: Path, seed: int, files: DemoFiles, f
         "reward.data.eval_path": str(files.preferences_test),
         "ppo.data.path": str(files.prompts_train),
     }
+    if few_labels:
+        overrides |= {"reward.reward_model.epochs": FEW_LABELS_EPOCHS, "reward.training.warmup_steps": 5}
     # JSON strings are YAML strings, whatever characters a path has.
     return load_config(config_path, [f"{key}={json.dumps(value)}" for key, value in overrides.items()], "pipeline")
 

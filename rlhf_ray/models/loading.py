@@ -26,6 +26,7 @@ from rlhf_ray.models.architectures import (
 from rlhf_ray.models.attention import choose_attention, register
 from rlhf_ray.models.packed import PackedCausalLM, PackedScalarModel
 from rlhf_ray.models.quiet import quiet_transformers
+from rlhf_ray.names import is_hub_name
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +44,7 @@ _OTHER_DROPOUTS = (
 )
 
 
-def load_tokenizer(
-    path: str, *, trust_remote_code: bool = False, chat_template_path: str | None = None
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the hub.
 
     A tokenizer without a padding token gets one: its own token whose name speaks of padding where there is
@@ -55,10 +54,9 @@ def load_tokenizer(
     Args:
         path: A folder, or a hub name.
         trust_remote_code: Whether code that comes with the tokenizer may run.
-        chat_template_path: A Jinja file that replaces the tokenizer's chat template.
 
     Raises:
-        ModelError: No such folder or hub name, no end-of-sequence token, or no such template file.
+        ModelError: No such folder or hub name, or no end-of-sequence token.
     """
     _check_local(path, "tokenizer_config.json")
     try:
@@ -74,11 +72,6 @@ def load_tokenizer(
         named = [t.content for t in tokenizer.added_tokens_decoder.values() if "pad" in t.content.lower()]
         tokenizer.pad_token = named[0] if named else tokenizer.eos_token
         logger.warning("The tokenizer of %s has no padding token; using %r.", path, tokenizer.pad_token)
-    if chat_template_path is not None:
-        file = Path(chat_template_path)
-        if not file.is_file():
-            raise ModelError(f"The chat template {chat_template_path} is not a file. Give the path of a Jinja file.")
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
     return tokenizer
 
 
@@ -245,12 +238,11 @@ def describe_model(path: str, *, trust_remote_code: bool = False) -> dict[str, A
 
 def _check_local(path: str, needed: str) -> None:
     """Name a missing folder, or one without the file `needed`, at once, rather than ask the hub for it."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     folder = Path(path)
     if folder.is_dir():
         if not (folder / needed).is_file():
             raise ModelError(f"The folder {path} holds no {needed}, so nothing can be loaded from it.")
-    elif looks_local or folder.exists():
+    elif not is_hub_name(path):
         raise ModelError(f"The model folder {path} does not exist. Give a model folder or a hub name (owner/name).")
 
 

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from rlhf_ray.errors import ModelError
 from rlhf_ray.models.quiet import quiet_transformers
+from rlhf_ray.names import is_hub_name
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +75,9 @@ class ModelCard:
             "library_name": "transformers",
             "pipeline_tag": "text-classification" if scalar else "text-generation",
         }
-        if self.base_model is not None and _is_hub_name(self.base_model):
+        if self.base_model is not None and is_hub_name(self.base_model):
             head["base_model"] = self.base_model
-        if hub_datasets := [name for name in self.datasets if _is_hub_name(name)]:
+        if hub_datasets := [name for name in self.datasets if is_hub_name(name)]:
             head["datasets"] = hub_datasets
         head["tags"] = list(dict.fromkeys(["rlhf-ray", self.method.lower().replace(" ", "-"), *self.tags]))
         origin = f"`{self.base_model}`" if self.base_model else "random weights"
@@ -221,7 +222,3 @@ def _checked_weights(model: PreTrainedModel, state_dict: Mapping[str, torch.Tens
             f"({len(problems)} such problems). Save the weights of the model of this configuration."
         )
     return {name: tensor.detach().cpu().contiguous() for name, tensor in given.items()}
-
-
-def _is_hub_name(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()

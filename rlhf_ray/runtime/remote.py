@@ -6,7 +6,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from rlhf_ray.errors import EngineError, RlhfError
+from rlhf_ray.errors import ActorDied, EngineError, RlhfError
 
 START_TIMEOUT_S = 300.0  # for an actor's process to exist and import its libraries
 
@@ -20,7 +20,8 @@ def get(ref: Any, what: str, timeout_s: float) -> Any:
         timeout_s: seconds to wait at the most.
 
     Raises:
-        EngineError: the deadline passed, or an actor died.
+        EngineError: the deadline passed.
+        ActorDied: an actor's process ended.
         RlhfError: an actor raised this package's own error; it arrives as it was raised.
     """
     started = time.monotonic()
@@ -37,7 +38,7 @@ def get(ref: Any, what: str, timeout_s: float) -> Any:
             raise cause from None
         raise EngineError(f"{what}: failed after {time.monotonic() - started:.1f} s\n{error}") from error
     except RayActorError as error:
-        raise EngineError(
+        raise ActorDied(
             f"{what}: the actor died after {time.monotonic() - started:.1f} s of waiting: {error}"
         ) from None
     except RayError as error:

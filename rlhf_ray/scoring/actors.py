@@ -5,12 +5,13 @@ import importlib
 import inspect
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from rlhf_ray.errors import DataError, RewardError
+from rlhf_ray.errors import ConfigError, DataError, RewardError
 from rlhf_ray.models.reading import SequenceScores, TokenLogprobs
 from rlhf_ray.packing import PackedBatch, Sequence, pack, partition
 from rlhf_ray.tracking.logs import setup_actor_logging
@@ -135,6 +136,22 @@ class RewardModelActor:
         return Sequence(tokens, torch.zeros(len(ids), dtype=torch.bool))
 
 
+def import_function(path: str) -> Callable[..., Any]:
+    """The reward function `package.module:function`.
+
+    Raises:
+        ConfigError: there is no such module, or no such function in it, or importing it fails.
+    """
+    module, _, name = path.partition(":")
+    try:
+        return cast("Callable[..., Any]", getattr(importlib.import_module(module), name))
+    except Exception as error:  # a module may raise anything when it is imported
+        raise ConfigError(
+            f"reward.functions: {path!r} cannot be imported ({type(error).__name__}: {error}). Write "
+            "`package.module:function`, and make the module importable where the actors run"
+        ) from None
+
+
 class RewardFunctionActor:
     """One reward function, in a process of its own so that a call that hangs can be ended."""
 
@@ -144,19 +161,8 @@ class RewardFunctionActor:
         self._function: Any = None
 
     def load(self) -> None:
-        """Import the function.
-
-        Raises:
-            RewardError: there is no such module, or no such function in it, or importing it fails.
-        """
-        module, _, name = self._path.partition(":")
-        try:
-            self._function = getattr(importlib.import_module(module), name)
-        except Exception as error:  # a module may raise anything when it is imported
-            raise RewardError(
-                f"reward.functions: {self._path!r} cannot be imported ({type(error).__name__}: {error}). Write "
-                "`package.module:function`, and make the module importable where the actors run"
-            ) from None
+        """Import the function; raises as `import_function`."""
+        self._function = import_function(self._path)
 
     def score(
         self, completions: list[Completion], completion_ids: list[list[int]], columns: dict[str, list[Any]]

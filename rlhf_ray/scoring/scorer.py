@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf_ray.config.ppo import PPOConfig, RewardFunctionItem
 from rlhf_ray.data.formats import Prompt
-from rlhf_ray.errors import EngineError, RewardError
+from rlhf_ray.errors import ActorDied, EngineError, RewardError
 from rlhf_ray.models.reading import StateValues
 from rlhf_ray.packing import Sequence
 from rlhf_ray.placement.groups import Placement
@@ -225,13 +225,12 @@ class Scorer:
             problem = None
         except RewardError as error:
             problem = str(error)
+        except ActorDied as error:
+            problem = f"{error}. A reward function must not end its process"
+            self._replace_function(name, actor)
         except EngineError:
-            # It hangs, or its process died. Calls queued behind this one die with it and are treated alike.
-            if self._functions[name] is actor:
-                ray.kill(actor)
-                self._functions[name] = self._function(item)
-                self._function_loads[name] = self._functions[name].load.remote()
             problem = f"reward function {item.path} gave no answer within {item.timeout_s:g} s (`timeout_s`)"
+            self._replace_function(name, actor)
         if problem is None:
             missing = sum(score is None or not math.isfinite(score) for score in scores)
             if not missing:
@@ -247,6 +246,13 @@ class Scorer:
             logger.warning("%s; %d replies are left out of training", problem, len(chunk.trajectories))
             return [None] * len(chunk.trajectories)
         raise RewardError(f"{problem}. Mend the function, or set its `on_error: exclude` to leave such samples out")
+
+    def _replace_function(self, name: str, actor: Any) -> None:
+        """A new process for a function. Calls queued behind the one that failed die with it and are treated alike."""
+        if self._functions[name] is actor:
+            ray.kill(actor)
+            self._functions[name] = self._function(self._function_items[name])
+            self._function_loads[name] = self._functions[name].load.remote()
 
     def stop(self) -> None:
         """End the actors at once."""

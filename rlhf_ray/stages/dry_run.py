@@ -23,7 +23,7 @@ from rlhf_ray.data import (
     read_rows,
 )
 from rlhf_ray.data.formats import Content
-from rlhf_ray.data.readers import FILE_SUFFIXES, FOLDER_SUFFIXES
+from rlhf_ray.data.readers import FOLDER_SUFFIXES
 from rlhf_ray.driver.groups import critic_model
 from rlhf_ray.errors import ModelError, StageError
 from rlhf_ray.models.loading import (
@@ -33,9 +33,10 @@ from rlhf_ray.models.loading import (
     load_config,
     load_tokenizer,
 )
+from rlhf_ray.names import is_hub_name
 from rlhf_ray.placement.plan import describe, make_plan, shortfalls
 from rlhf_ray.rollout.offline import Sampling
-from rlhf_ray.scoring.actors import RewardFunctionActor
+from rlhf_ray.scoring.actors import import_function
 from rlhf_ray.stages.generate import check_causal, prepare_question
 from rlhf_ray.stages.models import check_context
 from rlhf_ray.stages.run import is_finished, model_folder
@@ -84,7 +85,7 @@ def dry_run(config: StageConfig | PipelineConfig) -> str:
 
 def dry_run_generate(model: str, prompts: Sequence[Content], sampling: Sampling) -> str:
     """What `generate` with the same arguments would do, as YAML; errors are the same."""
-    if _is_hub_name(model):
+    if is_hub_name(model):
         known: dict[str, Any] = {"model": f"{model} on the hub, fetched at the start; not looked up"}
     else:
         question = prepare_question(model, prompts, sampling)
@@ -161,7 +162,7 @@ def _ppo_models(config: PPOConfig, pending: set[str]) -> tuple[list[str], Any]:
         check_same_vocabulary(tokenizer, critic_tokenizer, names=(policy, critic))
     lines += [_model("reward model", item.path, trust, pending)[0] for item in config.reward.models]
     for function in config.reward.functions:
-        RewardFunctionActor(function.path).load()
+        import_function(function.path)
         lines.append(f"reward function {function.path}: found")
     return lines, tokenizer
 
@@ -172,7 +173,7 @@ def _model(
     """A line about a model, and its tokenizer where the model is on this machine."""
     if path in pending and not Path(path).is_dir():
         return f"{role}: {path}, left by a stage before", None
-    if _is_hub_name(path):
+    if is_hub_name(path):
         return f"{role}: {path} on the hub, fetched at the start; not looked up", None
     trust = section.trust_remote_code
     facts = describe_model(path, trust_remote_code=trust)
@@ -226,7 +227,7 @@ def _data_set(
     """A line about one data set: where it is, its size and what would be used of it."""
     named = paths(path)
     where = ", ".join(named)
-    hub = [name for name in named if _is_hub_name(name)]
+    hub = [name for name in named if is_hub_name(name)]
     if hub:
         fetched = "" if hub == named else f"; {', '.join(hub)}"
         return f"{role}: {where}{fetched} on the hub, fetched at the start; not looked up"
@@ -240,13 +241,6 @@ def _data_set(
         _, report = rows.tokenise(read, tokenizer, max_tokens, data.overlong, data.as_chat, data.malformed)
         used = str(report)
     return f"{role}: {where} ({_size(size)}); {'of the first ' if limit != data.limit else ''}{used}"
-
-
-def _is_hub_name(name: str) -> bool:
-    """Whether readers and loaders would look for `name` on the hub: it is nothing on disk and looks like no path."""
-    path = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in FILE_SUFFIXES
-    return not looks_local and not path.exists()
 
 
 def _bytes(name: str) -> int:

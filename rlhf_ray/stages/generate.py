@@ -8,9 +8,9 @@ from typing import Any
 from rlhf_ray.data import parse_prompts, read_rows
 from rlhf_ray.data.chat import encode_prompts
 from rlhf_ray.data.formats import Content
-from rlhf_ray.data.readers import FILE_SUFFIXES
 from rlhf_ray.errors import DataError, ModelError
 from rlhf_ray.models.loading import check_tokenizer_fits, describe_model, load_config, load_tokenizer
+from rlhf_ray.names import FILE_SUFFIXES
 from rlhf_ray.rollout.offline import Sampling, sample_offline
 
 

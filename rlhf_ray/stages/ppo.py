@@ -13,6 +13,7 @@ from rlhf_ray.errors import ModelError
 from rlhf_ray.models.loading import check_same_vocabulary, load_config, load_tokenizer
 from rlhf_ray.models.saving import ModelCard
 from rlhf_ray.packing import Sequence
+from rlhf_ray.scoring.actors import import_function
 from rlhf_ray.stages.models import check_context, prepare_tokenizer
 from rlhf_ray.stages.run import finished_model, open_run
 from rlhf_ray.stages.training import paths
@@ -60,11 +61,13 @@ def check_models(config: PPOConfig, tokenizer: Any) -> None:
     """Refuse models that cannot work together, before any actor starts.
 
     Raises:
-        ConfigError: prompts and responses do not fit a model's context.
+        ConfigError: prompts and responses do not fit a model's context, or a reward function cannot be imported.
         ModelError: a reward model is missing or lacks the statistics that are asked for, or the critic does not
             read the policy's tokens.
     """
     trust = config.policy.trust_remote_code
+    for function in config.reward.functions:
+        import_function(function.path)
     for item in config.reward.models:
         reward = load_config(item.path, trust_remote_code=trust)
         if config.reward.normalize == "model" and not hasattr(reward, "score_std"):

@@ -1,9 +1,11 @@
 """What every stage has around it: its directory, tracker, checkpoints, progress, and a way to be stopped."""
 
 import logging
+import math
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +22,9 @@ from rlhf_ray.tracking.rundir import RunDirectory
 from rlhf_ray.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
+
+# Ctrl-C sooner than this after a request to stop is the same request once more.
+REPEATED_SIGNAL_S = 1.0
 
 
 class Run:
@@ -75,7 +80,7 @@ class Run:
         return model_folder(self.directory.path)
 
     def begin(self, total_steps: int, shown: list[str]) -> range:
-        """The steps still to do; from here on progress is shown and SIGTERM asks for a checkpoint and an end."""
+        """The steps still to do; from here on progress is shown, and SIGTERM or Ctrl-C asks for an end."""
         self._total = total_steps
         progress = StageProgress(self._stage, total_steps, shown, start=self.start_step)
         self._progress = self._stack.enter_context(progress)
@@ -87,11 +92,24 @@ class Run:
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may have handlers; embedded callers stop the run their own way
             return
-        previous = signal.signal(signal.SIGTERM, lambda *_: self._stop.set())
+        asked_at = math.inf
+
+        def stop(number: int, _: object) -> None:
+            nonlocal asked_at
+            # Wrappers such as `timeout` and `make` pass a signal on that the run has already got.
+            if number == signal.SIGINT and time.monotonic() - asked_at > REPEATED_SIGNAL_S:
+                raise KeyboardInterrupt
+            if not self._stop.is_set():
+                asked_at = time.monotonic()
+                logger.warning("stopping after the step under way, with a checkpoint; Ctrl-C ends the run without one")
+            self._stop.set()
+
+        previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def log(self, step: int, metrics: Mapping[str, float], samples: list[dict[str, Any]] | None = None) -> None:
         """Record step `step` (counted from 0)."""

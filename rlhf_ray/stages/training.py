@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf_ray.config.offline import DPOConfig, RewardConfig, SFTConfig
 from rlhf_ray.data import EpochOrder
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.packing import Sequence
 from rlhf_ray.placement.groups import reserve
 from rlhf_ray.placement.plan import make_plan
@@ -51,7 +52,16 @@ class Examples:
 
 @contextmanager
 def trainer_group(config: OfflineConfig, run: Run, spec: TrainerSpec) -> Iterator[TrainerGroup]:
-    """The stage's one group, up and running inside the block, with the weights that the stage starts from."""
+    """The stage's one group, up and running inside the block, with the weights that the stage starts from.
+
+    Raises:
+        ConfigError: the learning rate would never reach its peak.
+    """
+    if config.training.warmup_steps >= spec.total_steps:
+        raise ConfigError(
+            f"training.warmup_steps: {config.training.warmup_steps} is not below the {spec.total_steps} optimizer "
+            "steps of the run (examples * epochs / batch_size, rounded up); lower it, or train for longer"
+        )
     with connection(config.run.ray_address), reserve(make_plan(config), run.directory.logs) as placement:
         trainer = TrainerGroup(spec, placement, "group", config.run.timeout_s)
         try:

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import os
 import time
 from typing import Any
 
@@ -43,6 +44,8 @@ def _misbehave(faults: list[str | None], size: int) -> list[float | None]:
         raise KeyError("no such answer")
     if "hang" in faults:
         time.sleep(600)
+    if "die" in faults:
+        os._exit(1)
     if "short" in faults:
         return [1.0] * (size - 1)
     if "text" in faults:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -112,22 +111,22 @@ def test_finished_run_is_left_as_it_is(sft_run, models, data):
     assert times() == before
 
 
-def test_run_stopped_by_sigterm_continues_to_the_same_end(sft_run, models, data, tmp_path):
-    """A process of its own is stopped after its second step, and started again; the end is that of `sft_run`."""
+def test_run_stopped_by_ctrl_c_continues_to_the_same_end(sft_run, models, data, tmp_path):
+    """Ctrl-C, which a terminal sends to Ray's processes too, after the second step; the end is that of `sft_run`."""
     run_dir = tmp_path / "run"
     values = sft_values(models["causal"], data["demonstrations"], run_dir)
-    values["run"]["ray_address"] = ray.get_runtime_context().gcs_address
     file = tmp_path / "config.yaml"
     file.write_text(dump_config(from_dict(values, "sft")))
     command = [sys.executable, "-m", "rlhf_ray", "sft", str(file)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     deadline = time.monotonic() + 120
     metrics = run_dir / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 143, errors
     stopped_after = len(metrics_of(run_dir))
@@ -136,7 +135,7 @@ def test_run_stopped_by_sigterm_continues_to_the_same_end(sft_run, models, data,
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step_{stopped_after:06d}"]
     assert not (run_dir / "model").exists() and not (run_dir / "summary.json").exists()
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
     assert done.returncode == 0, done.stderr
     assert metrics_of(run_dir) == metrics_of(sft_run)
     weights = load_file(run_dir / "model" / "model.safetensors")

@@ -15,7 +15,7 @@ from rlhf_ray.algorithms.rewards import RunningNormalizer
 from rlhf_ray.config import PPOConfig, from_dict
 from rlhf_ray.data.formats import Content, Prompt
 from rlhf_ray.driver.experience import build_experience
-from rlhf_ray.errors import RewardError
+from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.placement.groups import reserve
 from rlhf_ray.placement.plan import make_plan
 from rlhf_ray.scoring.actors import RewardFunctionActor
@@ -226,7 +226,7 @@ def test_the_score_is_the_weighted_sum_of_all_rewards(setup: Setup, scored: list
 
 @pytest.mark.parametrize("path", ["no_such_module:score", "reward_functions:no_such_function"])
 def test_a_function_that_cannot_be_imported_is_an_error_that_names_it(path: str):
-    with pytest.raises(RewardError, match=rf"'{path}' cannot be imported .*package.module:function"):
+    with pytest.raises(ConfigError, match=rf"'{path}' cannot be imported .*package.module:function"):
         RewardFunctionActor(path).load()
 
 
@@ -245,6 +245,7 @@ def faulty(kind: str, fault: str, count: int = 2) -> tuple[dict[str, Prompt], li
         ("short", r"1 scores for 2 completions"),
         ("text", r"one number \(or None\) for each"),
         ("hang", r"no answer within 3 s \(`timeout_s`\)"),
+        ("die", r"the actor died .* must not end its process"),
     ],
 )
 def test_a_function_that_fails_is_one_error_that_names_it_and_what_to_do(setup: Setup, fault: str, message: str):
@@ -259,7 +260,7 @@ def test_a_function_that_fails_is_one_error_that_names_it_and_what_to_do(setup: 
 
 @pytest.mark.parametrize(
     ("fault", "kept"),
-    [("raise", 0), ("none", 1), ("nan", 1), ("inf", 1), ("short", 0), ("hang", 0)],
+    [("raise", 0), ("none", 1), ("nan", 1), ("inf", 1), ("short", 0), ("hang", 0), ("die", 0)],
 )
 def test_a_function_that_fails_excludes_its_samples_where_the_configuration_says_so(
     setup: Setup, fault: str, kept: int

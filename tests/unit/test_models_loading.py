@@ -61,15 +61,6 @@ def test_tokenizer_keeps_its_template_and_tokens(folder):
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|end|>", "<|pad|>")
 
 
-def test_chat_template_file_replaces_the_tokenizers_own(folder, tmp_path):
-    (tmp_path / "template.jinja").write_text("{{ messages[0]['content'] }}")
-    tokenizer = load_tokenizer(folder, chat_template_path=str(tmp_path / "template.jinja"))
-    messages = [{"role": "user", "content": "hello"}]
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == "hello"
-    with pytest.raises(ModelError, match="is not a file"):
-        load_tokenizer(folder, chat_template_path="nowhere.jinja")
-
-
 def test_tokenizer_without_end_of_sequence_is_refused(folder):
     edit_tokenizer(folder, eos_token=None)
     with pytest.raises(ModelError, match="no end-of-sequence token"):
