@@ -1,4 +1,4 @@
-"""What a data or model name in a configuration stands for: something on this machine, or something on the hub."""
+"""Names of data and models: what a name in a configuration stands for, and where a stage leaves its model."""
 
 from pathlib import Path
 
@@ -13,3 +13,8 @@ def looks_local(name: str) -> bool:
 def is_hub_name(name: str) -> bool:
     """Whether the name is looked for on the hub: nothing on disk answers to it, and it can be no path."""
     return not looks_local(name) and not Path(name).expanduser().exists()
+
+
+def model_folder(run_dir: str | Path) -> Path:
+    """Where a stage with this run directory leaves its model."""
+    return Path(run_dir) / "model"

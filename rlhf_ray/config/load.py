@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,7 +17,11 @@ from rlhf_ray.config.problems import Contradiction, prefixed
 from rlhf_ray.config.yaml_rules import dump_yaml, parse_yaml
 from rlhf_ray.errors import ConfigError
 
+Model = TypeVar("Model", bound=BaseModel)
 Kind = Literal["sft", "reward", "dpo", "ppo", "pipeline"]
+
+# The section that a stage alone has.
+STAGE_SECTIONS: dict[Kind, str] = {"sft": "sft", "reward": "reward_model", "dpo": "dpo", "ppo": "ppo"}
 
 CONFIGS: dict[str, type[BaseModel]] = {**STAGE_CONFIGS, "pipeline": PipelineConfig}
 
@@ -61,17 +65,59 @@ def load_config(path, overrides, kind):
     Raises:
         ConfigError: the file cannot be read, or the configuration is wrong; the message names every problem.
     """
+    values = read_mapping(path, "sections such as `run:` with keys below")
+    return from_dict(values, kind, overrides, source=str(path))
+
+
+def load_any(path: str | Path, overrides: Sequence[str]) -> StageConfig | PipelineConfig:
+    """Reads a configuration file whose kind shows in its sections; otherwise as `load_config`.
+
+    Raises:
+        ConfigError: as `load_config`, or it has the section of no stage or of several.
+    """
+    values = read_mapping(path, "sections such as `run:` with keys below")
+    return from_dict(values, kind_of(values, str(path)), overrides, source=str(path))
+
+
+def kind_of(values: dict[str, Any], source: str) -> Kind:
+    """What a configuration configures, by the one section that only this kind has.
+
+    Raises:
+        ConfigError: no such section, or several.
+    """
+    if "stages" in values:
+        return "pipeline"
+    found = [kind for kind, section in STAGE_SECTIONS.items() if section in values]
+    if len(found) != 1:
+        sections = " and ".join(STAGE_SECTIONS[kind] for kind in found)
+        raise ConfigError(
+            f"{source}: found {sections or 'no section of a stage'}, expected one of "
+            f"{', '.join(STAGE_SECTIONS.values())}, or `stages` for a pipeline"
+        )
+    return found[0]
+
+
+def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Args:
+        path: the file.
+        expected: what it should hold, in words, for the message where it is no mapping.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds something else.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read the configuration: {error}") from error
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
     try:
         values = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}{_where(error)}: not valid YAML: {_what(error)}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: found {_found(values)}, expected sections such as `run:` with keys below")
-    return from_dict(values, kind, overrides, source=str(path))
+        raise ConfigError(f"{path}: found {_found(values)}, expected {expected}")
+    return values
 
 
 def from_dict(values: dict[str, Any], kind: Kind, overrides: Sequence[str] = (), source: str = "configuration") -> Any:
@@ -86,10 +132,31 @@ def from_dict(values: dict[str, Any], kind: Kind, overrides: Sequence[str] = (),
     values = dict(values)
     for override in overrides:
         _apply(values, override)
+    return validated(CONFIGS[kind], values, source)
+
+
+def changed(config: Model, overrides: Sequence[str]) -> Model:
+    """The same configuration with changes, written as overrides.
+
+    Raises:
+        ConfigError: the result is wrong.
+    """
+    values = config.model_dump(mode="json")
+    for override in overrides:
+        _apply(values, override)
+    return validated(type(config), values, "configuration")
+
+
+def validated(model: type[Model], values: dict[str, Any], source: str) -> Model:
+    """The values as an instance of `model`.
+
+    Raises:
+        ConfigError: they are wrong; the message names every problem.
+    """
     try:
-        return CONFIGS[kind].model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        problems = explain(error, values, CONFIGS[kind])
+        problems = explain(error, values, model)
     if len(problems) == 1:
         raise ConfigError(f"{source}: {problems[0]}")
     raise ConfigError(f"{source}: {len(problems)} problems:\n" + "\n".join(f"  {problem}" for problem in problems))

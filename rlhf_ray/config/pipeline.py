@@ -1,6 +1,6 @@
 """The configuration of a pipeline: several stages, each fed by those before it."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -22,6 +22,8 @@ STAGE_CONFIGS: dict[str, type[SFTConfig] | type[RewardConfig] | type[DPOConfig] 
 
 class PipelineConfig(RunConfig):
     """A run of several stages."""
+
+    groups: ClassVar[tuple[str, ...]] = (*PPOConfig.groups, *RunConfig.groups)
 
     stages: list[StageName] = Field(min_length=1, description="Stages to run, in this order.")
     sft: SFTStage | None = Field(default=None, description="Supervised fine-tuning.")
@@ -66,6 +68,7 @@ class PipelineConfig(RunConfig):
         folder = f"{self.run.dir.rstrip('/')}/{name}"
         values["run"] = {**self.run.model_dump(), "dir": folder}
         values["tracking"] = self.tracking.model_dump()
+        values["placement"] = self.placement.of(STAGE_CONFIGS[name].groups).model_dump()
         if "sft" in outputs and name != "sft":
             model = values["policy" if name == "ppo" else "model"]
             if not model["path"] and not model.get("scratch"):

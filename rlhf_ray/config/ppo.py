@@ -1,7 +1,7 @@
 """The configuration of PPO."""
 
 import re
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -270,6 +270,8 @@ class PPOStage(Section):
 
 class PPOConfig(PPOStage, RunConfig):
     """A run of PPO."""
+
+    groups: ClassVar[tuple[str, ...]] = ("policy", "rollout", "reference", "reward", "critic")
 
     @model_validator(mode="after")
     def _check_config(self):

@@ -1,7 +1,7 @@
 """The sections that several stages share."""
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -227,11 +227,49 @@ class ProcessesSection(Section):
         return self
 
 
+class PlacementSection(Section):
+    """Which nodes the processes of a group may go to."""
+
+    labels: dict[str, dict[str, str]] = Field(
+        default_factory=dict,
+        description="Ray node labels that a group's nodes must have: `{rollout: {role: rollout}}`.",
+    )
+    spread: list[str] = Field(
+        default_factory=list, description="Groups of which every process goes to a node of its own."
+    )
+    timeout_s: float = Field(
+        default=120.0, gt=0, description="Longest wait in seconds for the cluster to grant all processes."
+    )
+    autoscaling: bool = Field(
+        default=False, description="Whether to wait for nodes that an autoscaler adds, instead of refusing at once."
+    )
+
+    def of(self, groups: tuple[str, ...]) -> "PlacementSection":
+        """What of it is about these groups."""
+        labels = {name: wanted for name, wanted in self.labels.items() if name in groups}
+        return self.model_copy(update={"labels": labels, "spread": [name for name in self.spread if name in groups]})
+
+
 class RunConfig(Section):
     """What every configuration has."""
 
     run: RunSection = Field(description="The run.")
     tracking: TrackingSection = Field(default_factory=TrackingSection, description="Metrics.")
+    placement: PlacementSection = Field(default_factory=PlacementSection, description="Where processes may go.")
+
+    groups: ClassVar[tuple[str, ...]] = ("group",)
+
+    @model_validator(mode="after")
+    def _check_groups(self):
+        problems = Problems()
+        for key in ("labels", "spread"):
+            for name in getattr(self.placement, key):
+                if name not in self.groups:
+                    problems.add(
+                        f"placement.{key}", f"names {name!r}, but the groups are {', '.join(self.groups)}; name one"
+                    )
+        problems.check()
+        return self
 
 
 def check_takes_something(problems: Problems, cpus: float, gpus: float) -> None:

@@ -18,13 +18,13 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.errors import ResourceError
+from rlhf_ray.placement.inventory import Node, node_from_ray
+from rlhf_ray.placement.layout import misfits
 from rlhf_ray.placement.plan import Plan, shortfalls
 from rlhf_ray.runtime.cluster import actor_environment
 from rlhf_ray.tracking.logs import ACTOR, LOGS, logging_environment
 
 logger = logging.getLogger(__name__)
-
-PLACEMENT_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Placement:
     """Reserved bundles: which of them each process of each group takes."""
 
     plan: Plan
-    group: PlacementGroup
+    seats: list[tuple[PlacementGroup, int]]  # of each bundle of the plan
     order: dict[str, list[int]]  # group -> bundle of each rank, ranks following nodes
     logs: Path  # folder of the actors' logs
 
@@ -47,49 +47,75 @@ class Placement:
 
     def options(self, name: str, rank: int) -> dict[str, Any]:
         """Ray actor options for process `rank` of group `name`: its bundle, resources, threads and readable name."""
-        bundle = self.plan.bundles[self.order[name][rank]]
-        cpus, gpus = bundle.get("CPU", 0.0), bundle.get("GPU", 0.0)
+        bundle = self.order[name][rank]
+        resources = self.plan.bundles[bundle]
+        cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+        group, index = self.seats[bundle]
         return {
             "name": f"{name}-{rank}",
             "num_cpus": cpus,
             "num_gpus": gpus,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                self.group,
-                placement_group_bundle_index=self.order[name][rank],
-                placement_group_capture_child_tasks=True,
+                group, placement_group_bundle_index=index, placement_group_capture_child_tasks=True
             ),
             "runtime_env": {"env_vars": self.environment(f"{name}-{rank}", cpus)},
         }
 
 
 @contextmanager
-def reserve(plan: Plan, logs: Path, timeout_s: float = PLACEMENT_TIMEOUT_S) -> Iterator[Placement]:
+def reserve(plan: Plan, logs: Path) -> Iterator[Placement]:
     """Hold the plan's bundles inside the block; they are free again after it, however it ends.
+
+    Args:
+        plan: what to reserve.
+        logs: where the actors log.
 
     Raises:
         ResourceError: the cluster is too small, or did not grant the bundles in time; says what is missing.
     """
-    missing = shortfalls(plan, ray.cluster_resources())
-    if missing:
-        raise ResourceError("the cluster is too small for this configuration:\n" + "\n".join(missing))
-    group = placement_group(plan.bundles, strategy=plan.strategy)
+    lacking = shortfalls(plan, ray.cluster_resources()) or misfits(plan, inventory())
+    if lacking and not plan.autoscaling:
+        raise ResourceError("the cluster is too small for this configuration:\n" + "\n".join(lacking))
+    names = plan.group_of()
+    held: list[PlacementGroup] = []
     try:
-        try:
-            ray.get(group.ready(), timeout=timeout_s)
-        except GetTimeoutError:
-            busy = shortfalls(plan, ray.available_resources())
-            raise ResourceError(
-                f"placement: {len(plan.bundles)} bundles were not granted within {timeout_s:g} s. "
-                + (
-                    "Other work holds what is needed:\n" + "\n".join(busy)
-                    if busy
-                    else "No node has room for one of them"
-                )
-            ) from None
-        nodes = placement_group_table(group)["bundles_to_node_id"]
+        seats: dict[int, tuple[PlacementGroup, int]] = {}
+        for strategy, bundles in plan.parts():
+            group = placement_group(
+                [plan.bundles[index] for index in bundles],
+                strategy=strategy,
+                bundle_label_selector=[plan.labels.get(names[index], {}) for index in bundles],
+            )
+            held.append(group)
+            seats |= {bundle: (group, place) for place, bundle in enumerate(bundles)}
+        _await(held, plan)
+        tables = {group.id: placement_group_table(group)["bundles_to_node_id"] for group in held}
+        node_of = [str(tables[seats[index][0].id][seats[index][1]]) for index in range(len(plan.bundles))]
         order = {
-            name: sorted(indices, key=lambda index: (str(nodes[index]), index)) for name, indices in plan.groups.items()
+            name: sorted(bundles, key=lambda index: (node_of[index], index)) for name, bundles in plan.groups.items()
         }
-        yield Placement(plan, group, order, logs)
+        yield Placement(plan, [seats[index] for index in range(len(plan.bundles))], order, logs)
     finally:
-        remove_placement_group(group)
+        for group in held:
+            remove_placement_group(group)
+
+
+def inventory() -> list[Node]:
+    """The living nodes of the cluster that this process is connected to."""
+    return [node_from_ray(entry) for entry in ray.nodes() if entry["Alive"]]
+
+
+def _await(held: list[PlacementGroup], plan: Plan) -> None:
+    """Wait until all groups are granted."""
+    try:
+        ray.get([group.ready() for group in held], timeout=plan.timeout_s)
+    except GetTimeoutError:
+        busy = shortfalls(plan, ray.available_resources())
+        raise ResourceError(
+            f"placement: {len(plan.bundles)} bundles not granted within {plan.timeout_s:g} s (placement.timeout_s). "
+            + (
+                "Other work holds what is needed:\n" + "\n".join(busy)
+                if busy
+                else "Other work holds the nodes that they fit on"
+            )
+        ) from None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rlhf_ray.config.pipeline import StageConfig
 from rlhf_ray.config.ppo import PPOConfig
@@ -34,17 +34,40 @@ class GroupDemand:
 
 @dataclass(frozen=True)
 class Plan:
-    """The bundles of a placement group.
+    """What is reserved for a run.
 
     Attributes:
         bundles: resources of each bundle, as Ray takes them; one bundle holds one process.
         groups: the bundles of each group, in rank order.
-        strategy: Ray's placement strategy.
+        labels: node labels that a group's bundles need, by group.
+        spread: groups of which every process goes to a node of its own.
+        timeout_s: longest wait for the cluster to grant all of it.
+        autoscaling: whether nodes may still come, so that too few are no error.
     """
 
     bundles: list[dict[str, float]]
     groups: dict[str, list[int]]
-    strategy: str = "PACK"
+    labels: dict[str, dict[str, str]] = field(default_factory=dict)
+    spread: tuple[str, ...] = ()
+    timeout_s: float = 120.0
+    autoscaling: bool = False
+
+    def parts(self) -> list[tuple[str, list[int]]]:
+        """Ray's placement groups: strategy and bundles of each.
+
+        All bundles are in one that packs them on few nodes; each group that is spread is one of its own.
+        """
+        packed = [index for name, bundles in self.groups.items() if name not in self.spread for index in bundles]
+        parts = [("PACK", packed)] if packed else []
+        return parts + [("STRICT_SPREAD", self.groups[name]) for name in self.groups if name in self.spread]
+
+    def group_of(self) -> list[str]:
+        """The group of each bundle."""
+        names = [""] * len(self.bundles)
+        for name, bundles in self.groups.items():
+            for index in bundles:
+                names[index] = name
+        return names
 
     def needed(self, resource: str) -> float:
         """All that the plan asks of a resource."""
@@ -82,7 +105,8 @@ def make_plan(config: StageConfig) -> Plan:
         bundle = {name: amount for name, amount in resources.items() if amount}
         groups[demand.name] = list(range(len(bundles), len(bundles) + demand.processes))
         bundles += [dict(bundle) for _ in range(demand.processes)]
-    return Plan(bundles, groups)
+    placement = config.placement
+    return Plan(bundles, groups, placement.labels, tuple(placement.spread), placement.timeout_s, placement.autoscaling)
 
 
 def shortfalls(plan: Plan, available: Mapping[str, float]) -> list[str]:

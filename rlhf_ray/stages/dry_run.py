@@ -33,13 +33,13 @@ from rlhf_ray.models.loading import (
     load_config,
     load_tokenizer,
 )
-from rlhf_ray.names import is_hub_name
+from rlhf_ray.names import is_hub_name, model_folder
 from rlhf_ray.placement.plan import describe, make_plan, shortfalls
 from rlhf_ray.rollout.offline import Sampling
 from rlhf_ray.scoring.actors import import_function
 from rlhf_ray.stages.generate import check_causal, prepare_question
 from rlhf_ray.stages.models import check_context
-from rlhf_ray.stages.run import is_finished, model_folder
+from rlhf_ray.stages.run import is_finished
 from rlhf_ray.stages.training import OfflineConfig, paths
 
 # Data up to this size is read and tokenised whole; of more, the first rows are.

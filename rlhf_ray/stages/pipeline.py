@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.pipeline import PipelineConfig
+from rlhf_ray.names import model_folder
 from rlhf_ray.runtime.cluster import connection
 from rlhf_ray.stages.dpo import train_dpo
 from rlhf_ray.stages.ppo import train_ppo
 from rlhf_ray.stages.reward_model import train_reward_model
-from rlhf_ray.stages.run import is_finished, model_folder
+from rlhf_ray.stages.run import is_finished
 from rlhf_ray.stages.sft import train_sft
 
 logger = logging.getLogger(__name__)

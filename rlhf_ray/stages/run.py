@@ -16,6 +16,7 @@ from rlhf_ray.config.pipeline import StageConfig
 from rlhf_ray.driver.checkpoint import Checkpoint, CheckpointStore
 from rlhf_ray.errors import RlhfError, RunStopped
 from rlhf_ray.models.saving import is_complete
+from rlhf_ray.names import model_folder
 from rlhf_ray.tracking.logs import setup_logging
 from rlhf_ray.tracking.progress import StageProgress
 from rlhf_ray.tracking.rundir import RunDirectory
@@ -140,11 +141,6 @@ class Run:
         self._tracker.finish({"stage": self._stage, "model": str(self.model_folder), **summary})
 
 
-def model_folder(run_dir: str | Path) -> Path:
-    """Where a stage with this run directory leaves its model."""
-    return Path(run_dir) / "model"
-
-
 def is_finished(run_dir: str | Path) -> bool:
     """Whether the stage with this run directory ran to its end."""
     return (Path(run_dir) / "summary.json").is_file() and is_complete(model_folder(run_dir))
@@ -155,7 +151,7 @@ def identity(config: StageConfig, stage: str) -> dict[str, Any]:
 
     Processes and their resources are left out: trainers check by themselves what their checkpoints depend on.
     """
-    values = config.model_dump(mode="json", exclude={"tracking", "group"})
+    values = config.model_dump(mode="json", exclude={"tracking", "group", "placement"})
     values["run"] = {"seed": config.run.seed}
     for section in values.values():
         if isinstance(section, dict):

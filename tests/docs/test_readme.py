@@ -56,6 +56,8 @@ def short_forms(words: list[str]) -> list[list[str]]:
         return [["make", "-n", *words[1:]]]
     if words[0] == "rlhf-ray" and words[1] in STAGES:
         return [words if words[-1] == "--dry-run" else [*words, "--dry-run"]]
+    if words[:2] == ["rlhf-ray", "plan"]:
+        return [words]
     if words[:2] == ["rlhf-ray", "demo"]:
         return [[*words, "--help"]]
     raise AssertionError(f"no rule says how to run {shlex.join(words)!r}")

@@ -141,7 +141,7 @@ def test_the_model_folder_is_printed_at_the_end(run, workspace, monkeypatch):
     [
         (["sft", "sft.yaml", "data.max_tokns=3"], "data.max_tokns: unknown key; did you mean data.max_tokens?"),
         (["sft", "sft.yaml", "training.zero_stage=four"], 'training.zero_stage: found "four", expected a whole'),
-        (["sft", "none.yaml"], "none.yaml: cannot read the configuration"),
+        (["sft", "none.yaml"], "none.yaml: cannot be read"),
         (["sft", "sft.yaml", "data.path=demo.jsonl"], "demo.jsonl does not exist; did you mean demos.jsonl?"),
         (["sft", "sft.yaml", "data.max_tokens=65"], "more than the 64 of `model.scratch.max_length`"),
         (["ppo", "ppo.yaml"], "The model folder models/policy/it does not exist"),

@@ -77,7 +77,7 @@ def test_every_key_is_described_in_one_sentence(kind):
 
 
 def test_ppo_has_few_enough_keys():
-    assert len(leaves(PPOConfig)) <= 93
+    assert len(leaves(PPOConfig)) <= 96
 
 
 @pytest.mark.parametrize(("kind", "section"), [("sft", "sft"), ("reward", "reward_model"), ("dpo", "dpo")])
@@ -85,6 +85,7 @@ def test_each_stage_has_a_section_of_its_own(kind, section):
     assert list(CONFIGS[kind].model_fields) == [
         "run",
         "tracking",
+        "placement",
         "data",
         "model",
         "training",
@@ -186,10 +187,10 @@ def test_a_file_that_is_no_configuration_is_refused_with_its_place(text, message
 
 
 def test_a_file_that_is_absent_or_not_text_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot read the configuration: .*No such file"):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read: .*No such file"):
         load_config(tmp_path / "absent.yaml", [], "sft")
     (tmp_path / "latin.yaml").write_bytes(b"run: \xe9")
-    with pytest.raises(ConfigError, match=r"latin\.yaml: cannot read the configuration: .*utf-8"):
+    with pytest.raises(ConfigError, match=r"latin\.yaml: cannot be read: .*utf-8"):
         load_config(tmp_path / "latin.yaml", [], "sft")
 
 

@@ -60,7 +60,6 @@ def test_the_plan_has_one_bundle_per_process_in_group_order():
             {"CPU": 1.0},
         ],
         groups={"policy": [0, 1], "rollout": [2, 3, 4], "reference": [5], "reward": [6], "critic": [7]},
-        strategy="PACK",
     )
 
 

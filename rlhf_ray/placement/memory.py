@@ -1,0 +1,234 @@
+"""How much memory each process of each group takes, by part: a pure function of configuration and model shapes.
+
+The largest of two moments counts: the end of a forward pass, with all that the backward pass will read, and the
+optimizer's update with its temporaries. `benchmarks/memory.py` holds the formulas against what runs allocate.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rlhf_ray.config.offline import RewardConfig
+from rlhf_ray.config.pipeline import StageConfig
+from rlhf_ray.config.ppo import PPOConfig
+from rlhf_ray.config.sections import ModelSection, TrainingSection
+from rlhf_ray.placement.shapes import ModelShape, find_shape, shape_from_scratch
+
+GIB = 2**30
+BYTES = {"fp32": 4, "bf16": 2}
+
+# What a process has before it holds a model: on a GPU the CUDA context and NCCL's buffers, on a CPU the imported
+# libraries (measured: trainer and scorer 0.55 GiB, vLLM 1.2 GiB).
+GPU_PROCESS_GIB = 1.2
+CPU_PROCESS_GIB = 0.55
+CPU_ENGINE_GIB = 1.2
+# DeepSpeed's defaults: elements that a reduction collects, and parameters of ZeRO-3 that stay gathered.
+REDUCE_BUCKET = 500_000_000
+LIVE_PARAMETERS = 1_000_000_000
+# Tokens whose logits exist at a time (`models/logprobs.py`), and bytes of a transfer bucket (`rollout/buckets.py`).
+LOGIT_TOKENS = 1024
+BUCKET_BYTES = 64 * 2**20
+
+# All parts, in the order in which they are shown.
+PARTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "update",
+    "activations",
+    "logits",
+    "KV cache",
+    "buffers",
+    "process",
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak memory of one process, in bytes by part.
+
+    Attributes:
+        parts: what is there at the peak; a part that is freed before it has only what is left of it then.
+        on_gpu: whether it is a GPU's memory, else main memory.
+    """
+
+    parts: dict[str, float]
+    on_gpu: bool
+
+    @property
+    def total(self) -> float:
+        """The sum of the parts, bytes."""
+        return sum(self.parts.values())
+
+
+Shapes = Callable[[str], ModelShape | None]
+
+
+def estimate(config: StageConfig, gpu_memory_gib: float | None, shapes: Shapes = find_shape) -> dict[str, Estimate]:
+    """The peak of each group's processes (rollout: of each tensor-parallel rank).
+
+    Args:
+        config: a stage.
+        gpu_memory_gib: memory of the GPUs, a share of which an engine takes; None leaves the engines out.
+        shapes: finds a model's shape by name. Groups whose model it does not know are left out.
+    """
+    if not isinstance(config, PPOConfig):
+        model = config.model
+        scratch = model.scratch if isinstance(model, ModelSection) else None
+        shape = shape_from_scratch(scratch) if scratch else shapes(model.path or "")
+        if shape is None:
+            return {}
+        scalar = isinstance(config, RewardConfig)
+        group = config.group
+        return {"group": trainer(shape, config.training, group.processes, on_gpu=group.gpus > 0, scalar=scalar)}
+    return _ppo(config, gpu_memory_gib, shapes)
+
+
+def _ppo(config: PPOConfig, gpu_memory_gib: float | None, shapes: Shapes) -> dict[str, Estimate]:
+    found: dict[str, Estimate] = {}
+    policy = shapes(config.policy.path)
+    if policy is not None:
+        found["policy"] = trainer(
+            policy, config.training, config.policy.processes, on_gpu=config.policy.gpus > 0, sends_weights=True
+        )
+        engine = _engine(config, policy, gpu_memory_gib)
+        if engine is not None:
+            found["rollout"] = engine
+        reference = config.reference
+        found["reference"] = scorer(
+            [policy], reference.dtype, reference.micro_batch_tokens, on_gpu=reference.gpus > 0, scalar=False
+        )
+    rewards = [shapes(item.path) for item in config.reward.models]
+    known = [shape for shape in rewards if shape is not None]
+    if len(known) == len(rewards):
+        reward = config.reward
+        found["reward"] = scorer(known, reward.dtype, reward.micro_batch_tokens, on_gpu=reward.gpus > 0, scalar=True)
+    named = {"policy": policy, "reward": rewards[0] if rewards else None}
+    critic = named[config.critic.init] if config.critic.init in named else shapes(config.critic.init)
+    if critic is not None:
+        found["critic"] = trainer(
+            critic, config.training, config.critic.processes, on_gpu=config.critic.gpus > 0, scalar=True
+        )
+    return found
+
+
+def trainer(
+    shape: ModelShape,
+    section: TrainingSection,
+    ranks: int,
+    *,
+    on_gpu: bool,
+    scalar: bool = False,
+    sends_weights: bool = False,
+) -> Estimate:
+    """One rank of a DeepSpeed trainer, with AdamW.
+
+    ZeRO keeps, of `p` parameters in `b` bytes each over `w` ranks (Rajbhandari et al., arXiv:1910.02054, figure 1; what
+    DeepSpeed 0.19 adds was measured): fp32 master weights and two moments, 12p, over w from stage 1; weights and
+    gradients over w in stage 3, with gathered ones beside them; temporaries of the update.
+    """
+    p = float(shape.scalar_parameters if scalar else shape.parameters)
+    b = BYTES[section.dtype]
+    stage, tokens = section.zero_stage, section.micro_batch_tokens
+    share = p / ranks if stage else p
+    # In fp32 without ZeRO the weights are their own master copy.
+    states = share * (8 if stage == 0 and section.dtype == "fp32" else 12)
+    if stage == 3:
+        weights = share * b + min(p, LIVE_PARAMETERS) * b
+        gradients = share * b
+    else:
+        weights, gradients = p * b, p * b
+    # The update makes an fp32 gradient and two temporaries of a moment's size; stage 3 goes by parts.
+    update = min(share, LIVE_PARAMETERS) * 12 if stage == 3 else share * (8 if stage == 0 else 12 + b) - gradients
+    if section.offload_optimizer and on_gpu:
+        states = update = 0.0
+    forward = _kept(shape, section) + _logits(shape, tokens, b, backward=True, scalar=scalar)
+    at_update = max(update, 0.0) > forward
+    parts = {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": states,
+        "update": max(update, 0.0) if at_update else 0.0,
+        "activations": 0.0 if at_update else _kept(shape, section),
+        "logits": 0.0 if at_update else _logits(shape, tokens, b, backward=True, scalar=scalar),
+        "buffers": (2 * BUCKET_BYTES if sends_weights else 0) + (min(p, REDUCE_BUCKET) * b if stage and on_gpu else 0),
+        "process": (GPU_PROCESS_GIB if on_gpu else CPU_PROCESS_GIB) * GIB,
+    }
+    return Estimate(parts, on_gpu)
+
+
+def scorer(shapes: list[ModelShape], dtype: str, tokens: int, *, on_gpu: bool, scalar: bool) -> Estimate:
+    """One process that runs forward passes alone; several reward models share it as separate processes."""
+    b = BYTES[dtype]
+    parts = {
+        "weights": sum(float(s.scalar_parameters if scalar else s.parameters) for s in shapes) * b,
+        "activations": sum(_passing(s, tokens) * b for s in shapes),
+        "logits": sum(_logits(s, tokens, b, backward=False, scalar=scalar) for s in shapes),
+        "process": max(1, len(shapes)) * (GPU_PROCESS_GIB if on_gpu else CPU_PROCESS_GIB) * GIB,
+    }
+    return Estimate(parts, on_gpu)
+
+
+def _engine(config: PPOConfig, shape: ModelShape, gpu_memory_gib: float | None) -> Estimate | None:
+    """One tensor-parallel rank of an engine. On a GPU it takes its share whatever the model; the cache has the rest."""
+    rollout = config.rollout
+    b = BYTES[rollout.dtype]
+    weights = float(shape.parameters) * b / rollout.tensor_parallel
+    activations = float(_passing(shape, rollout.max_concurrency * 16)) * b / rollout.tensor_parallel
+    if rollout.gpus == 0:
+        cache, process = (rollout.kv_cache_gib or 0.0) * GIB, CPU_ENGINE_GIB * GIB
+    elif gpu_memory_gib is None:
+        return None
+    else:
+        process = GPU_PROCESS_GIB * GIB
+        taken = rollout.gpu_memory_utilization * gpu_memory_gib * GIB
+        cache = (
+            rollout.kv_cache_gib * GIB
+            if rollout.kv_cache_gib
+            else max(taken - weights - activations - BUCKET_BYTES - process, 0.0)
+        )
+    parts = {
+        "weights": weights,
+        "activations": activations,
+        "KV cache": cache,
+        "buffers": float(BUCKET_BYTES),
+        "process": process,
+    }
+    return Estimate(parts, rollout.gpus > 0)
+
+
+def cache_bytes_per_token(config: PPOConfig, shape: ModelShape) -> float:
+    """Key-value cache of one token on one tensor-parallel rank, bytes."""
+    return 2.0 * shape.layers * shape.kv_width * BYTES[config.rollout.dtype] / config.rollout.tensor_parallel
+
+
+def _kept(shape: ModelShape, section: TrainingSection) -> float:
+    """Bytes that one forward pass keeps for its backward pass."""
+    tokens = float(section.micro_batch_tokens)
+    layer = tokens * _kept_in_layer(shape, section.dtype)
+    if not section.gradient_checkpointing:
+        return shape.layers * layer
+    return shape.layers * tokens * shape.hidden * BYTES[section.dtype] + layer
+
+
+def _kept_in_layer(shape: ModelShape, dtype: str) -> float:
+    """Bytes a token that one layer keeps: inputs of norms and matrices, of attention and of the activation function.
+
+    In bf16 a norm computes in fp32 and keeps its input so.
+    """
+    h, a, kv = shape.hidden, shape.attention_width, shape.kv_width
+    feed_forward = (4 if shape.gated else 3) * shape.intermediate
+    if dtype == "fp32":
+        return 4.0 * (6 * h + 3 * a + 2 * kv + feed_forward)
+    return 2.0 * (8 * h + 3 * a + 2 * kv + feed_forward)
+
+
+def _passing(shape: ModelShape, tokens: int) -> float:
+    """Elements that a forward pass holds at its widest, where nothing is kept."""
+    return float(tokens) * (3 * shape.hidden + (3 if shape.gated else 2) * shape.intermediate)
+
+
+def _logits(shape: ModelShape, tokens: int, b: int, *, backward: bool, scalar: bool) -> float:
+    """Bytes of the logits that exist at a time: as computed, in fp32, and their log-softmax (and its gradient)."""
+    if scalar:
+        return 0.0
+    return min(tokens, LOGIT_TOKENS) * float(shape.vocab) * (b + (12 if backward else 8))

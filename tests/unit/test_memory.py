@@ -1,0 +1,158 @@
+"""The memory estimate: literal sums, shapes against transformers' models, and what is said when it does not fit."""
+
+import pytest
+import torch
+from test_models_packed import ARCHITECTURES, tiny_config
+from transformers import AutoModelForCausalLM
+
+from rlhf_ray.config import from_dict, load_config
+from rlhf_ray.config.sections import TrainingSection
+from rlhf_ray.placement.inventory import Node
+from rlhf_ray.placement.memory import GIB, cache_bytes_per_token, estimate, trainer
+from rlhf_ray.placement.overview import overview, overviews
+from rlhf_ray.placement.shapes import ModelShape, find_shape, shape_from_config
+
+# 10 million parameters in matrices: a layer of 2.5, an embedding of 5.
+SHAPE = ModelShape(
+    parameters=10_000_000,
+    hidden=100,
+    layers=2,
+    attention_width=100,
+    kv_width=50,
+    intermediate=400,
+    vocab=50_000,
+    gated=True,
+    head_parameters=0,
+    largest_layer=2_500_000,
+)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_parameters_of_every_architecture_are_counted_within_a_hundredth(model_type, tied):
+    grouped = model_type not in ("gpt2", "gpt_neox")
+    sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4 if grouped else 8}
+    if "head_dim" in ARCHITECTURES[model_type]:
+        sizes["head_dim"] = 64
+    config = tiny_config(model_type, vocab_size=4096, intermediate_size=1408, tie_word_embeddings=tied, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    expected = sum(parameter.numel() for parameter in model.parameters())
+    assert shape_from_config(config.to_dict()).parameters == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768), ("meta-llama/Llama-3.3-70B-Instruct", 70_553_706_496)],
+)
+def test_known_public_models_have_their_published_sizes(name, parameters):
+    shape = find_shape(name)
+    assert shape is not None
+    assert shape.parameters == pytest.approx(parameters, rel=1e-3)
+    assert find_shape("someone/nothing-known") is None
+
+
+def section(**options) -> TrainingSection:
+    return TrainingSection(micro_batch_tokens=2, gradient_checkpointing=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "expected"),
+    [
+        # fp32, no ZeRO: the weights are their own master copy, two moments beside them.
+        ({"zero_stage": 0}, 2, {"weights": 40e6, "gradients": 40e6, "optimizer": 80e6, "update": 40e6}),
+        # bf16, ZeRO 1 on four ranks: 12 bytes a parameter over the ranks.
+        (
+            {"zero_stage": 1, "dtype": "bf16"},
+            4,
+            {"weights": 20e6, "gradients": 20e6, "optimizer": 30e6, "update": 15e6},
+        ),
+        # ZeRO 3: weights and gradients over the ranks too, with gathered weights beside them.
+        (
+            {"zero_stage": 3, "dtype": "bf16"},
+            4,
+            {"weights": 5e6 + 20e6, "gradients": 5e6, "optimizer": 30e6, "update": 30e6},
+        ),
+        ({"zero_stage": 2, "offload_optimizer": True}, 2, {"weights": 40e6, "gradients": 40e6, "optimizer": 0.0}),
+    ],
+)
+def test_training_states_are_sums_over_the_parameters(options, ranks, expected):
+    parts = trainer(SHAPE, section(**options), ranks, on_gpu=True).parts
+    assert {name: parts[name] for name in expected} == pytest.approx(expected)
+
+
+def test_activations_are_those_that_the_layers_keep():
+    tokens = TrainingSection(micro_batch_tokens=10_000, zero_stage=0)
+    parts = trainer(SHAPE, tokens, 1, on_gpu=False).parts
+    # fp32: 6 hidden + 3 attention + 2 key-value + 4 intermediate = 2600 numbers of 4 bytes, a token and layer.
+    assert parts["activations"] == 2 * 10_000 * 2600 * 4
+    assert parts["logits"] == 1024 * 50_000 * 16
+    again = trainer(SHAPE, tokens.model_copy(update={"gradient_checkpointing": True}), 1, on_gpu=False).parts
+    assert again["activations"] == 10_000 * (2 * 100 * 4 + 2600 * 4)
+    # A scalar head has no logits.
+    assert trainer(SHAPE, tokens, 1, on_gpu=False, scalar=True).parts["logits"] == 0.0
+
+
+def box(memory: float, gpus: int = 1) -> list[Node]:
+    return [Node(name="box", cpus=64, gpus=gpus, gpu_memory_gib=memory, memory_gib=256)]
+
+
+def test_an_engine_takes_its_share_and_the_cache_has_what_is_left():
+    config = load_config("configs/one_gpu.yaml", [], "ppo")
+    engine = estimate(config, 80.0)["rollout"]
+    assert engine.total == pytest.approx(0.3 * 80 * GIB)
+    shape = find_shape(config.policy.path)
+    assert shape is not None
+    assert cache_bytes_per_token(config, shape) == 2 * 24 * 128 * 2  # keys and values, layers, 2 heads of 64, bf16
+
+
+def test_a_configuration_that_fits_has_no_problem_and_one_that_does_not_names_a_change_that_does():
+    fits = overview(load_config("configs/one_gpu.yaml", [], "ppo"), box(80))
+    assert (fits.problems, fits.notes) == ([], [])
+    large = ["training.micro_batch_tokens=65536", "training.gradient_checkpointing=false"]
+    (problem,) = overview(load_config("configs/one_gpu.yaml", large, "ppo"), box(80)).problems
+    assert problem.startswith("GPU 0 of box: ")
+    assert problem.endswith("set training.gradient_checkpointing=true")
+    changed = [large[0], "training.gradient_checkpointing=true"]
+    assert overview(load_config("configs/one_gpu.yaml", changed, "ppo"), box(80)).problems == []
+
+
+def test_several_changes_are_named_where_none_is_enough_alone():
+    (problem,) = overview(
+        load_config("configs/one_gpu.yaml", ["training.micro_batch_tokens=65536"], "ppo"), box(28)
+    ).problems
+    named = problem.rpartition("; set ")[2].split(", ")
+    assert len(named) > 1
+    changes = ["training.micro_batch_tokens=65536", *named]
+    assert overview(load_config("configs/one_gpu.yaml", changes, "ppo"), box(28)).problems == []
+
+
+def test_an_engine_without_room_for_one_sequence_is_a_problem():
+    problems = overview(
+        load_config("configs/one_gpu.yaml", ["rollout.gpu_memory_utilization=0.02"], "ppo"), box(80)
+    ).problems
+    assert any("left for the KV cache and one sequence of 1024 tokens needs" in problem for problem in problems)
+
+
+def test_an_unknown_model_is_said_and_does_not_stop_the_plan():
+    found = overview(load_config("configs/one_gpu.yaml", ["policy.path=someone/unknown"], "ppo"), box(80))
+    assert [note.partition(":")[0] for note in found.notes] == ["policy", "rollout", "reference", "critic"]
+    assert len(found.layout.seats) == 5
+
+
+def test_a_pipeline_knows_the_models_its_stages_will_leave():
+    config = load_config("configs/demo.yaml", [], "pipeline")
+    found = overviews(config, [Node(name="laptop", cpus=2, memory_gib=12)])
+    assert [one.stage for one in found] == ["sft", "reward", "ppo"]
+    assert all(one.problems == [] and one.notes == [] for one in found)
+
+
+def test_main_memory_counts_for_processes_without_a_gpu():
+    config = load_config("configs/demo.yaml", [], "pipeline")
+    problems = overviews(config, [Node(name="tiny", cpus=2, memory_gib=2)])[2].problems
+    assert len(problems) == 1 and problems[0].startswith("main memory of tiny: ")
+
+
+def test_from_dict_refuses_what_a_change_makes_wrong():
+    values = load_config("configs/one_gpu.yaml", [], "ppo").model_dump(mode="json")
+    assert from_dict(values, "ppo").policy.path == "Qwen/Qwen2.5-0.5B-Instruct"
