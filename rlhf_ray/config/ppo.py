@@ -96,6 +96,11 @@ class RolloutSection(Section):
     """The vLLM engines and how they sample."""
 
     engines: int = Field(default=1, ge=1, description="Engines, each with a copy of the policy.")
+    min_engines: int | None = Field(
+        default=None,
+        ge=1,
+        description="Engines that are enough to start with, the others joining as nodes have room; none waits for all.",
+    )
     tensor_parallel: int = Field(default=1, ge=1, description="GPUs over which each engine splits the model.")
     cpus: float = Field(default=1.0, ge=0, description="CPU cores per engine.")
     gpus: float = Field(
@@ -127,6 +132,8 @@ class RolloutSection(Section):
     def _check(self):
         problems = Problems()
         check_takes_something(problems, self.cpus, self.gpus)
+        if self.min_engines is not None and self.min_engines > self.engines:
+            problems.add("min_engines", f"{self.min_engines} is more than `engines` {self.engines}; lower it")
         if self.temperature == 0:
             problems.add("temperature", "0 samples greedily, which cannot train; set it above 0, usually to 1")
         if self.gpus == 0 and self.kv_cache_gib is None:

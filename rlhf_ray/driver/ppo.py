@@ -21,6 +21,7 @@ from rlhf_ray.algorithms.rewards import RunningNormalizer
 from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.data import EpochOrder
 from rlhf_ray.data.formats import Prompt
+from rlhf_ray.driver.control import forget, wanted_engines
 from rlhf_ray.driver.experience import Experience, build_experience
 from rlhf_ray.driver.groups import Groups
 from rlhf_ray.models.reading import TokenLogprobs
@@ -60,10 +61,12 @@ class PPOLoop:
     def train(self) -> dict[str, float]:
         """Run the iterations that are left; returns the last one's metrics."""
         self._restore()
+        forget(self.run.directory.path)
         metrics = self.groups.rollout.update_weights(self.groups.policy, self.version, self.probe_ids)
         for iteration in self.run.begin(self.config.ppo.iterations, ["objective/scores", "objective/kl"]):
             self.timings = {}
             with self._timed("iteration"):
+                self._resize()
                 drawn = [self.prompts[i] for i in self.order.next(self.config.ppo.prompts_per_iteration)]
                 with self._timed("rollout"):
                     scored = self._rollout(iteration, drawn)
@@ -79,6 +82,13 @@ class PPOLoop:
             self.run.log(iteration, metrics, experience.samples)
             self.run.checkpoint_if_due(iteration, self._state(), self._save)
         return metrics
+
+    def _resize(self) -> None:
+        """Have as many engines as were asked for; those that are up by now take the current weights and serve."""
+        rollout = self.groups.rollout
+        rollout.resize(wanted_engines(self.run.directory.path) or self.config.rollout.engines)
+        if rollout.newcomers_ready():
+            rollout.update_weights(self.groups.policy, self.version, self.probe_ids)
 
     def _rollout(self, iteration: int, prompts: list[Prompt]) -> list[ScoredTrajectory]:
         """Sample and score: reference, rewards and critic work while other responses are still being sampled."""
@@ -171,6 +181,7 @@ class PPOLoop:
         return metrics | {
             "objective/kl_coef": self.kl.coef,
             "rollout/tokens_per_second": tokens / self.timings["generate"],
+            "rollout/engines": float(len(self.groups.rollout.engines)),
             "rollout/weight_version": scored[0].trajectory.versions[0].version,
             "data/epoch": self.order.epoch + self.order.position / len(self.prompts),
         }

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Placement:
     seats: list[tuple[PlacementGroup, int]]  # of each bundle of the plan
     order: dict[str, list[int]]  # group -> bundle of each rank, ranks following nodes
     logs: Path  # folder of the actors' logs
+    extra: dict[tuple[str, int], PlacementGroup] = field(default_factory=dict)  # processes beyond the plan
 
     def environment(self, name: str, cpus: float) -> dict[str, str]:
         """Environment of an actor: its threads, its name and where it logs."""
@@ -46,11 +47,19 @@ class Placement:
         }
 
     def options(self, name: str, rank: int) -> dict[str, Any]:
-        """Ray actor options for process `rank` of group `name`: its bundle, resources, threads and readable name."""
-        bundle = self.order[name][rank]
-        resources = self.plan.bundles[bundle]
+        """Ray actor options for process `rank` of group `name`: its bundle, resources, threads and readable name.
+
+        A rank beyond the plan gets a bundle of its own, like those of its group; its actor waits until it is granted.
+        """
+        resources = self.plan.bundles[self.plan.groups[name][0]]
         cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-        group, index = self.seats[bundle]
+        if rank < len(self.order[name]):
+            group, index = self.seats[self.order[name][rank]]
+        else:
+            if (name, rank) not in self.extra:
+                labels = [self.plan.labels.get(name, {})]
+                self.extra[name, rank] = placement_group([resources], bundle_label_selector=labels)
+            group, index = self.extra[name, rank], 0
         return {
             "name": f"{name}-{rank}",
             "num_cpus": cpus,
@@ -60,6 +69,11 @@ class Placement:
             ),
             "runtime_env": {"env_vars": self.environment(f"{name}-{rank}", cpus)},
         }
+
+    def release(self, name: str, rank: int) -> None:
+        """Give back the bundle of a rank beyond the plan; those of the plan stay reserved."""
+        if (name, rank) in self.extra:
+            remove_placement_group(self.extra.pop((name, rank)))
 
 
 @contextmanager
@@ -94,7 +108,11 @@ def reserve(plan: Plan, logs: Path) -> Iterator[Placement]:
         order = {
             name: sorted(bundles, key=lambda index: (node_of[index], index)) for name, bundles in plan.groups.items()
         }
-        yield Placement(plan, [seats[index] for index in range(len(plan.bundles))], order, logs)
+        placement = Placement(plan, [seats[index] for index in range(len(plan.bundles))], order, logs)
+        try:
+            yield placement
+        finally:
+            held += placement.extra.values()
     finally:
         for group in held:
             remove_placement_group(group)

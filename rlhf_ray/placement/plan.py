@@ -83,9 +83,12 @@ def demands(config: StageConfig) -> list[GroupDemand]:
     if not isinstance(config, PPOConfig):
         return [_demand("group", config.group)]
     rollout = config.rollout
+    engines = rollout.min_engines or rollout.engines
     return [
         _demand("policy", config.policy),
-        GroupDemand("rollout", rollout.engines, rollout.cpus, rollout.gpus * rollout.tensor_parallel),
+        GroupDemand(
+            "rollout", rollout.min_engines or rollout.engines, rollout.cpus, rollout.gpus * rollout.tensor_parallel
+        ),
         _demand("reference", config.reference),
         _demand("reward", config.reward),
         _demand("critic", config.critic),

@@ -4,12 +4,14 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
 
-from rlhf_ray.errors import EngineError
+from rlhf_ray.errors import ActorDied, EngineError
 from rlhf_ray.models.reading import TokenLogprobs
 from rlhf_ray.packing import Sequence as PackedSequence
 from rlhf_ray.placement.groups import Placement
@@ -32,25 +34,73 @@ def sampling_seed(run_seed: int, iteration: int, uid: str, sample: int) -> int:
 
 
 class RolloutPool:
-    """All rollout engines."""
+    """All rollout engines: those that serve, and those that start beside them and join at the next transfer."""
 
     def __init__(self, spec: EngineSpec, placement: Placement, timeout_s: float) -> None:
         self._spec = spec
+        self._placement = placement
         self._timeout_s = timeout_s
-        actor = ray.remote(RolloutEngine)
-        self.engines: list[Any] = [
-            # One slot of concurrency serves a generate call, the rest the transfer and the probe beside it.
-            actor.options(**placement.options("rollout", rank), max_concurrency=16).remote(spec)
-            for rank in range(len(placement.order["rollout"]))
-        ]
+        self._serving: dict[int, Any] = {rank: self._launch(rank) for rank in range(len(placement.order["rollout"]))}
+        self._joining: dict[int, tuple[Any, Any]] = {}  # rank -> engine, its answer once it is up
+        self._connected: list[Any] = []
+
+    def _launch(self, rank: int) -> Any:
+        # One slot of concurrency serves a generate call, the rest the transfer and the probe beside it.
+        options = self._placement.options("rollout", rank)
+        return ray.remote(RolloutEngine).options(**options, max_concurrency=16).remote(self._spec)
+
+    @property
+    def engines(self) -> list[Any]:
+        """The engines that serve, by rank."""
+        return [self._serving[rank] for rank in sorted(self._serving)]
 
     def start(self) -> None:
-        """Wait until every engine is up."""
+        """Wait until the engines that the pool was made with are up."""
         get([engine.ready.remote() for engine in self.engines], "rollout engines: start-up", START_TIMEOUT_S)
 
+    def resize(self, count: int) -> None:
+        """Have `count` engines, between two iterations: others start beside those that serve, or the last ones leave.
+
+        Those that start serve after the next transfer that finds them up (`newcomers_ready`).
+        """
+        for rank in sorted({*self._serving, *self._joining}, reverse=True):
+            if rank >= count:
+                self._end(self._serving.pop(rank, None) or self._joining.pop(rank)[0])
+                self._placement.release("rollout", rank)
+                logger.info("rollout-%d left", rank)
+        for rank in range(count):
+            if rank not in self._serving and rank not in self._joining:
+                self._start_beside(rank)
+
+    def _start_beside(self, rank: int) -> None:
+        engine = self._launch(rank)
+        self._joining[rank] = engine, engine.ready.remote()
+        logger.info("rollout-%d starts; it serves after its first transfer", rank)
+
+    def newcomers_ready(self) -> bool:
+        """Whether an engine is up that the next transfer would let in."""
+        waiting = [up for _, up in self._joining.values()]
+        return bool(waiting) and bool(ray.wait(waiting, num_returns=1, timeout=0)[0])
+
+    def _admit(self) -> None:
+        """Let in the newcomers that are up; one that failed to start is tried again at the next transfer."""
+        for rank, (engine, up) in list(self._joining.items()):
+            if not ray.wait([up], timeout=0)[0]:
+                continue
+            del self._joining[rank]
+            try:
+                get(up, f"rollout-{rank}: start-up", self._timeout_s)
+            except EngineError as error:
+                logger.warning("%s; starting it again", error)
+                self._start_beside(rank)
+            else:
+                self._serving[rank] = engine
+
     def connect(self, trainer: TrainerGroup) -> None:
-        """Join the weight-transfer group with the trainer's ranks."""
-        trainer.connect_engines(self.engines, self._spec.tensor_parallel, self._spec.dtype).result()
+        """Join the weight-transfer group with the trainer's ranks, as far as the engines have changed."""
+        if self._connected != self.engines:
+            trainer.connect_engines(self.engines, self._spec.tensor_parallel, self._spec.dtype).result()
+            self._connected = self.engines
 
     def update_weights(self, trainer: TrainerGroup, version: int, probe_ids: Sequence[int]) -> dict[str, float]:
         """Transfer the trainer's weights to every engine, probe them, and let them serve as `version`.
@@ -67,6 +117,8 @@ class RolloutPool:
             EngineError: the transfer failed, or an engine's log-probabilities differ from the trainer's.
         """
         started = time.monotonic()
+        self._admit()
+        self.connect(trainer)
         self._on_all("announce", version)
         trainer.send_weights().result()
         ids = torch.tensor(list(probe_ids))
@@ -76,7 +128,7 @@ class RolloutPool:
         probes = self._on_all("probe", list(probe_ids))
         (reference,) = expected.result()
         worst = 0.0
-        for rank, probe in enumerate(probes):
+        for rank, probe in zip(sorted(self._serving), probes, strict=True):
             difference = (torch.tensor(probe) - reference).abs()
             worst = max(worst, float(difference.max()))
             if not float(difference.mean()) <= PROBE_TOLERANCE[self._spec.dtype]:
@@ -87,7 +139,10 @@ class RolloutPool:
                     "not serve"
                 )
         self._on_all("commit")
-        return {"time/transfer": time.monotonic() - started, "rollout/probe_difference": worst}
+        return {
+            "time/transfer": time.monotonic() - started,
+            "rollout/probe_difference": worst,
+        }
 
     def _on_all(self, method: str, *args: Any) -> list[Any]:
         refs = [getattr(engine, method).remote(*args) for engine in self.engines]
@@ -96,38 +151,83 @@ class RolloutPool:
     def generate(self, requests: Sequence[SampleRequest]) -> Iterator[list[Trajectory]]:
         """Sample every request; yields trajectories as they finish.
 
-        Requests of one prompt go to one engine, so that it computes the prompt once.
+        Requests of one prompt go to one engine, so that it computes the prompt once. Where an engine dies, the others
+        take over what it owed, and a new one starts in its place.
 
         Raises:
-            EngineError: an engine died, or nothing finished for the run's time limit.
+            EngineError: the last engine died, or nothing finished for the run's time limit.
         """
+        ranks = sorted(self._serving)
         shares: dict[int, list[SampleRequest]] = {}
-        engine_of: dict[str, int] = {}
+        rank_of: dict[str, int] = {}
         for request in requests:
-            engine = engine_of.setdefault(request.uid, len(engine_of) % len(self.engines))
-            shares.setdefault(engine, []).append(request)
-        streams: dict[Any, int] = {
-            self.engines[index].generate.options(num_returns="streaming").remote(share): index
-            for index, share in shares.items()
-        }
-        pending: list[Any] = list(streams)
+            rank = rank_of.setdefault(request.uid, ranks[len(rank_of) % len(ranks)])
+            shares.setdefault(rank, []).append(request)
+        streams: dict[Any, _Stream] = {}
+
+        def send(rank: int, share: list[SampleRequest]) -> Any:
+            stream = self._serving[rank].generate.options(num_returns="streaming").remote(share)
+            streams[stream] = _Stream(rank, {(request.uid, request.sample): request for request in share})
+            return stream
+
+        pending: list[Any] = [send(rank, share) for rank, share in shares.items()]
         while pending:
             ready: list[Any]
             ready, pending = ray.wait(pending, num_returns=1, timeout=self._timeout_s, fetch_local=False)
             if not ready:
-                names = ", ".join(f"rollout-{streams[stream]}" for stream in pending)
+                names = ", ".join(f"rollout-{streams[stream].rank}" for stream in pending)
                 raise EngineError(f"{names}: no response finished within {self._timeout_s:g} s")
             for stream in ready:
+                owed = streams[stream]
                 try:
-                    ref = next(stream)
+                    finished = get(next(stream), f"rollout-{owed.rank}: sampling", self._timeout_s)
                 except StopIteration:
                     continue
-                yield get(ref, f"rollout-{streams[stream]}: sampling", self._timeout_s)
+                except ActorDied as error:
+                    pending += [send(rank, share) for rank, share in self._hand_over(owed, error).items()]
+                    continue
+                for trajectory in finished:
+                    del owed.requests[trajectory.uid, trajectory.sample]
+                yield finished
                 pending.append(stream)
+
+    def _hand_over(self, owed: "_Stream", error: ActorDied) -> dict[int, list[SampleRequest]]:
+        """A dead engine's unfinished requests, for the others; its successor starts beside them.
+
+        Raises:
+            EngineError: there is no other engine.
+        """
+        if owed.rank in self._serving:
+            del self._serving[owed.rank]
+            self._start_beside(owed.rank)
+        if not self._serving:
+            raise EngineError(f"{error}\nIt was the last engine that served; the same command continues the run")
+        logger.warning("%s. %d responses go to the other engines", error, len(owed.requests))
+        ranks = sorted(self._serving)
+        shares: dict[int, list[SampleRequest]] = {}
+        for index, request in enumerate(owed.requests.values()):
+            shares.setdefault(ranks[index % len(ranks)], []).append(request)
+        return shares
+
+    def _end(self, engine: Any) -> None:
+        """End an engine and wait until it is gone, so that its name is free for another."""
+        ray.wait([engine.close.remote()], timeout=10)
+        ray.kill(engine)
+        with suppress(EngineError):
+            get(engine.ready.remote(), "an engine that leaves", timeout_s=10)
 
     def stop(self) -> None:
         """End the engines and vLLM's own processes."""
+        engines = [*self.engines, *(engine for engine, _ in self._joining.values())]
         closing = [engine.close.remote() for engine in self.engines]
         ray.wait(closing, num_returns=len(closing), timeout=10)
-        for engine in self.engines:
+        for engine in engines:
             ray.kill(engine)
+
+
+@dataclass
+class _Stream:
+    """A generate call under way: its engine, and the requests that it still owes."""
+
+    rank: int
+    requests: dict[tuple[str, int], SampleRequest]

@@ -155,7 +155,7 @@ def identity(config: StageConfig, stage: str) -> dict[str, Any]:
     values["run"] = {"seed": config.run.seed}
     for section in values.values():
         if isinstance(section, dict):
-            for key in ("processes", "cpus", "gpus"):
+            for key in ("processes", "engines", "min_engines", "cpus", "gpus"):
                 section.pop(key, None)
     return {"stage": stage} | {
         f"{name}.{key}": value for name, section in values.items() for key, value in section.items()

@@ -132,6 +132,7 @@ _PPO_ROLLOUT = {
         "nat", "KL divergence of the engine from the trainer with the same weights, k3, mean over tokens", (PPO,)
     ),
     "rollout/tokens_per_second": Metric("tokens/s", "Response tokens of the iteration / time/generate", (PPO,)),
+    "rollout/engines": Metric("engines", "Rollout engines that sampled at the end of the iteration", (PPO,)),
     "rollout/weight_version": Metric("1", "Version of the policy weights that the engines sampled with", (PPO,)),
     "rollout/probe_difference": Metric(
         "nat", "Largest abs(log p of an engine - log p of the trainer) of the probe after the transfer", (PPO,)
