@@ -50,11 +50,13 @@ srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$SLURM
     bash -c 'echo $$ >"$0"; RAY_ADDRESS=auto exec rlhf-ray "$@"' "$pid_file" "$@" &
 step=$!
 
-# rlhf-ray answers SIGTERM with a checkpoint and exit code 143. Before it runs there is nothing to keep.
+# rlhf-ray answers SIGTERM with a checkpoint and exit code 143. Before it runs there is nothing to keep, and where it
+# has just ended by itself there is nothing to continue.
 time_is_up=no
 end_run() {
-    time_is_up=yes
-    if [[ -s $pid_file ]]; then kill -TERM "$(<"$pid_file")"; else kill -TERM "$step"; fi
+    local process=$step
+    [[ -s $pid_file ]] && process=$(<"$pid_file")
+    if kill -TERM "$process"; then time_is_up=yes; fi
 }
 trap end_run USR1
 
