@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlhf_ray import __version__, cli_plan, cli_scale
+from rlhf_ray import __version__, cli_doctor, cli_plan, cli_scale
 from rlhf_ray.errors import ConfigError, RlhfError
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
 app.add_typer(cli_plan.app)
+app.add_typer(cli_doctor.app)
 app.add_typer(cli_scale.app)
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The configuration.", show_default=False)]

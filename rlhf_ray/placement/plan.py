@@ -86,9 +86,7 @@ def demands(config: StageConfig) -> list[GroupDemand]:
     engines = rollout.min_engines or rollout.engines
     return [
         _demand("policy", config.policy),
-        GroupDemand(
-            "rollout", rollout.min_engines or rollout.engines, rollout.cpus, rollout.gpus * rollout.tensor_parallel
-        ),
+        GroupDemand("rollout", engines, rollout.cpus, rollout.gpus * rollout.tensor_parallel),
         _demand("reference", config.reference),
         _demand("reward", config.reward),
         _demand("critic", config.critic),

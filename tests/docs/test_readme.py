@@ -3,8 +3,8 @@
 Commands that would take minutes or the network run in a short form:
 
 * `make TARGET` as `make -n TARGET`;
-* `rlhf-ray sft|reward|dpo|ppo|pipeline|generate` with `--dry-run` appended, `rlhf-ray demo` with
-  `--help`, in this process;
+* `rlhf-ray sft|reward|dpo|ppo|pipeline|generate` with `--dry-run` appended, `rlhf-ray demo|doctor`
+  with `--help`, in this process;
 * `ray ...` with `--help`, and the `rlhf-ray` command inside `ray job submit ... -- rlhf-ray ...` as above;
 * commands that install, and those of programs that talk to a cluster (`kubectl`, `sbatch`, ...), are checked by the
   shell for syntax, and that the files they name are there;
@@ -61,7 +61,7 @@ def short_forms(words: list[str]) -> list[list[str]]:
         return [words if words[-1] == "--dry-run" else [*words, "--dry-run"]]
     if words[:2] == ["rlhf-ray", "plan"]:
         return [words]
-    if words[:2] == ["rlhf-ray", "demo"]:
+    if words[0] == "rlhf-ray" and words[1] in ("demo", "doctor"):
         return [[*words, "--help"]]
     raise AssertionError(f"no rule says how to run {shlex.join(words)!r}")
 
@@ -92,7 +92,7 @@ def test_the_pages_have_commands():
     text = [command for _, command in commands()]
     assert "make demo" in text
     assert "make test" in text
-    for stage in (*STAGES, "demo"):
+    for stage in (*STAGES, "demo", "doctor"):
         assert any(command.startswith(f"rlhf-ray {stage} ") for command in text), stage
 
 

@@ -93,7 +93,7 @@ def test_help_names_every_command_and_loads_nothing_heavy():
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert result.stdout.endswith("[]\n"), result.stdout
-    for command in ("sft", "reward", "ppo", "dpo", "pipeline", "generate", "demo"):
+    for command in ("sft", "reward", "ppo", "dpo", "pipeline", "generate", "demo", "doctor"):
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE), command
 
 
