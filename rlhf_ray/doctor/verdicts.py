@@ -14,7 +14,7 @@ GIB = 2**30
 
 # Ray's memory monitor ends processes of a node above 95 % of its memory.
 MEMORY_USED_WARNING, MEMORY_USED_PROBLEM = 0.9, 0.95
-# A container has 64 MiB of shared memory where nothing else is asked for, too little for NCCL and vLLM.
+# A container has 64 MiB of shared memory where nothing else is asked for, too little for NCCL.
 SHARED_MEMORY_WARNING, SHARED_MEMORY_PROBLEM = GIB, 64 * 2**20
 OBJECT_STORE_WARNING = 64 * 2**20
 # Ray takes a few files for each process and connection, and recommends 65536.
@@ -94,7 +94,7 @@ def judge_node(node: Node, versions: Facts, gpu_share: float | None) -> list[Lin
         "cpu": lambda facts: _cpu(facts, node.resources.get("CPU", 0.0)),
         "memory": _memory,
         "gpu": lambda facts: _gpu(facts, node.resources.get("GPU", 0.0), gpu_share),
-        "shared memory": lambda facts: _shared_memory(facts, node.resources.get("object_store_memory", 0.0)),
+        "shared memory": lambda facts: _shared_memory(facts, node.resources),
         "open files": _open_files,
         "Ray's disk": _ray_disk,
         "clock": _clock,
@@ -202,10 +202,11 @@ def _gpu(facts: Facts, told: float, share: float | None) -> Judgement:
     return ("warning", found, remedy) if shares[index] < GPU_FREE_WARNING else ("ok", found, "")
 
 
-def _shared_memory(facts: Facts, object_store: float) -> Judgement:
+def _shared_memory(facts: Facts, resources: Mapping[str, float]) -> Judgement:
+    object_store = resources.get("object_store_memory", 0.0)
     found = f"{_gib(facts['free'])} free of {_gib(facts['total'])} in /dev/shm; object store {_gib(object_store)}"
     larger = "give it more, in a container by --shm-size or a volume in memory at /dev/shm"
-    if facts["free"] < SHARED_MEMORY_PROBLEM:
+    if facts["free"] < SHARED_MEMORY_PROBLEM and resources.get("GPU"):
         return "problem", found, larger
     if facts["total"] < object_store:
         return "warning", found, f"{larger}: Ray's object store does not fit and lies on disk"

@@ -116,6 +116,13 @@ def test_what_a_node_lacks_is_told_with_a_remedy(check, facts, verdict, found, r
     assert remedy in line.remedy
 
 
+def test_little_shared_memory_only_slows_a_node_without_gpus():
+    resources = {"CPU": 16.0, "object_store_memory": 0.5 * GIB}
+    node = Node("a", resources, {"shared memory": {"total": 64 * 2**20, "free": 60 * 2**20}})
+    (line,) = judge_node(node, VERSIONS, None)
+    assert (line.verdict, "lies on disk" in line.remedy) == ("warning", True)
+
+
 def test_a_small_object_store_is_told():
     line = judge("shared memory", REPORT["shared memory"], {**RESOURCES, "object_store_memory": 1e6})
     assert (line.verdict, "--object-store-memory" in line.remedy) == ("warning", True)
