@@ -15,6 +15,12 @@ def is_hub_name(name: str) -> bool:
     return not looks_local(name) and not Path(name).expanduser().exists()
 
 
+def on_disk(name: str) -> str:
+    """The name by its absolute path where it is a folder here, so that processes that work elsewhere find it."""
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else name
+
+
 def model_folder(run_dir: str | Path) -> Path:
     """Where a stage with this run directory leaves its model."""
     return Path(run_dir) / "model"

@@ -20,6 +20,11 @@ STAGE_CONFIGS: dict[str, type[SFTConfig] | type[RewardConfig] | type[DPOConfig] 
 }
 
 
+def stage_name(config: StageConfig) -> str:
+    """The stage that a configuration is of."""
+    return next(name for name, known in STAGE_CONFIGS.items() if isinstance(config, known))
+
+
 class PipelineConfig(RunConfig):
     """A run of several stages."""
 

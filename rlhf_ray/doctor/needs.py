@@ -3,20 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
-import yaml
-
-from rlhf_ray.config import PipelineConfig, PPOConfig, load_config
-from rlhf_ray.config.load import Kind
-from rlhf_ray.config.pipeline import StageConfig
-from rlhf_ray.config.yaml_rules import parse_yaml
-from rlhf_ray.errors import ConfigError
-from rlhf_ray.names import is_hub_name
+from rlhf_ray.config import PipelineConfig, PPOConfig
+from rlhf_ray.config.load import load_any
+from rlhf_ray.config.pipeline import StageConfig, stage_name
+from rlhf_ray.names import is_hub_name, on_disk
 from rlhf_ray.placement.plan import Plan, make_plan
-
-# The sections by which a configuration's kind is known, the telling ones first.
-KINDS = {"stages": "pipeline", "rollout": "ppo", "dpo": "dpo", "reward_model": "reward", "sft": "sft"}
 
 
 @dataclass(frozen=True)
@@ -51,8 +43,7 @@ def read_needs(path: Path, overrides: Sequence[str]) -> Needs:
     Raises:
         ConfigError: it cannot be read or is wrong.
     """
-    kind = _kind(path)
-    config = load_config(path, overrides, kind)
+    config = load_any(path, overrides)
     stages: dict[str, StageConfig] = {}
     made: dict[str, str] = {}  # model folders that stages leave to those after them
     if isinstance(config, PipelineConfig):
@@ -60,7 +51,7 @@ def read_needs(path: Path, overrides: Sequence[str]) -> Needs:
             stages[name] = config.stage_config(name, made)
             made[name] = str(Path(stages[name].run.dir, "model"))
     else:
-        stages[kind] = config
+        stages[stage_name(config)] = config
     models = [model for stage in stages.values() for model in _models(stage) if model not in made.values()]
     shares = [
         stage.rollout.gpu_memory_utilization
@@ -72,20 +63,9 @@ def read_needs(path: Path, overrides: Sequence[str]) -> Needs:
         ray_address=config.run.ray_address,
         wandb=config.tracking.wandb == "online",
         plans={name: make_plan(stage) for name, stage in stages.items()},
-        models={model: not is_hub_name(model) for model in models},
+        models={on_disk(model): not is_hub_name(model) for model in models},
         gpu_share=max(shares, default=None),
     )
-
-
-def _kind(path: Path) -> Kind:
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return "sft"  # loading it says what is wrong
-    for section, kind in KINDS.items():
-        if isinstance(values, dict) and section in values:
-            return cast(Kind, kind)
-    raise ConfigError(f"{path}: no section tells what this configures; add one of {', '.join(KINDS)}, `{{}}` if empty")
 
 
 def _models(config: StageConfig) -> list[str]:

@@ -211,10 +211,10 @@ def run_directory(folder: str, token: str | None) -> Facts:
 
 
 def find_models(models: dict[str, bool]) -> Facts:
-    """What this node has of each model, by name; relative folders start from where Ray's processes work."""
+    """What this node has of each model, by name."""
     found: Facts = {name: _folder(name) for name, local in models.items() if local}
     named = [name for name, local in models.items() if not local]
-    return {"cwd": os.getcwd(), "models": {**found, **(_on_hub(named) if named else {})}}
+    return {**found, **(_on_hub(named) if named else {})}
 
 
 def _folder(name: str) -> str:

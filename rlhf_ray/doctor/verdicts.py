@@ -263,20 +263,15 @@ def _run_directory(facts: Facts) -> Judgement:
 def _models(node: str, facts: Facts) -> list[Line]:
     if "error" in facts:
         return [Line("models", node, "problem", facts["error"], NO_ANSWER)]
-    return [Line("models", node, *_model(name, state, facts["cwd"])) for name, state in facts["models"].items()]
+    return [Line("models", node, *_model(name, state)) for name, state in facts.items()]
 
 
-def _model(name: str, state: str, cwd: str) -> Judgement:
+def _model(name: str, state: str) -> Judgement:
     good = {"folder": "is there", "cached": "is in the cache", "hub": "is fetched from the hub, which answers"}
     if state in good:
         return "ok", f"{name} {good[state]}", ""
     if state == "missing":
-        relative = f" (from {cwd}, where Ray's processes work)" if not name.startswith(("/", "~")) else ""
-        return (
-            "problem",
-            f"{name} is not there{relative}",
-            "name the folder by an absolute path on a shared file system, or copy it to this node",
-        )
+        return "problem", f"{name} is not there", "name a folder on a shared file system, or copy it to this node"
     if state == "offline":
         found = f"{name} is not in the cache, and HF_HUB_OFFLINE keeps this node off the hub"
         return "problem", found, "fill the cache of this node first, or unset HF_HUB_OFFLINE before `ray start`"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.ppo import PPOConfig
+from rlhf_ray.names import on_disk
 from rlhf_ray.placement.groups import Placement, reserve
 from rlhf_ray.placement.plan import make_plan
 from rlhf_ray.rollout.engine import EngineSpec
@@ -78,7 +79,7 @@ def _trainer(config: PPOConfig, placement: Placement, name: str) -> TrainerGroup
     section = config.policy if policy else config.critic
     spec = TrainerSpec(
         name=name,
-        model=config.policy.path if policy else critic_model(config),
+        model=on_disk(config.policy.path if policy else critic_model(config)),
         head="causal" if policy else "scalar",
         section=config.training,
         learning_rate=section.learning_rate,
@@ -97,7 +98,7 @@ def engine_spec(config: PPOConfig, tokenizer: Any) -> EngineSpec:
     rollout = config.rollout
     gpu = rollout.gpus > 0
     return EngineSpec(
-        model=config.policy.path,
+        model=on_disk(config.policy.path),
         dtype=ENGINE_DTYPES[rollout.dtype],
         max_model_len=config.data.max_tokens + rollout.max_new_tokens,
         eos_token_ids=(tokenizer.eos_token_id,),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.config.load import changed
-from rlhf_ray.config.pipeline import STAGE_CONFIGS, PipelineConfig, StageConfig
+from rlhf_ray.config.pipeline import PipelineConfig, StageConfig, stage_name
 from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.config.sections import ModelSection
 from rlhf_ray.errors import ConfigError
@@ -88,8 +88,7 @@ def overview(config: StageConfig, nodes: list[Node], shapes: Shapes = find_shape
     problems += _too_little_cache(config, estimates, shapes)
     unknown = [name for name in plan.groups if name not in estimates]
     notes = [f"{name}: its memory is not known, since the model's shape or the GPU's memory is not" for name in unknown]
-    name = next(kind for kind, known in STAGE_CONFIGS.items() if isinstance(config, known))
-    return Overview(name, plan, layout, estimates, contents, problems, notes)
+    return Overview(stage_name(config), plan, layout, estimates, contents, problems, notes)
 
 
 def _totals(nodes: list[Node]) -> dict[str, float]:

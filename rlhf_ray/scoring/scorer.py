@@ -14,6 +14,7 @@ from rlhf_ray.config.ppo import PPOConfig, RewardFunctionItem
 from rlhf_ray.data.formats import Prompt
 from rlhf_ray.errors import ActorDied, EngineError, RewardError
 from rlhf_ray.models.reading import StateValues
+from rlhf_ray.names import on_disk
 from rlhf_ray.packing import Sequence
 from rlhf_ray.placement.groups import Placement
 from rlhf_ray.runtime.remote import START_TIMEOUT_S, get
@@ -90,12 +91,14 @@ class Scorer:
         self._turn = 0
         reference, reward = config.reference, config.reward
         trust = config.policy.trust_remote_code
-        spec = ModelSpec(config.policy.path, reference.dtype, reference.micro_batch_tokens, reference.gpus > 0, trust)
+        spec = ModelSpec(
+            on_disk(config.policy.path), reference.dtype, reference.micro_batch_tokens, reference.gpus > 0, trust
+        )
         self._references = self._replicas("reference", ReferenceActor, spec, config.rollout.temperature)
         names = list(reward_names(config))
         self._models = {}
         for name, item in zip(names, reward.models, strict=False):
-            spec = ModelSpec(item.path, reward.dtype, reward.micro_batch_tokens, reward.gpus > 0, trust)
+            spec = ModelSpec(on_disk(item.path), reward.dtype, reward.micro_batch_tokens, reward.gpus > 0, trust)
             self._models[name] = self._replicas(
                 "reward",
                 RewardModelActor,

@@ -7,6 +7,7 @@ from pathlib import Path
 from rlhf_ray.config.offline import DPOConfig
 from rlhf_ray.models.reading import TokenLogprobs
 from rlhf_ray.models.saving import ModelCard
+from rlhf_ray.names import on_disk
 from rlhf_ray.packing import Sequence
 from rlhf_ray.stages.models import check_context, prepare_tokenizer
 from rlhf_ray.stages.preferences import pair_examples, read_pairs
@@ -42,7 +43,7 @@ def train_dpo(config: DPOConfig) -> Path:
     finished = finished_model(config, "dpo")
     if finished is not None:
         return finished
-    model, settings = config.model.path, config.dpo
+    model, settings = on_disk(config.model.path), config.dpo
     rows = read_pairs(config, config.data.path)
     with open_run(config, "dpo") as run:
         run_dir = run.directory.path
@@ -91,7 +92,7 @@ def train_dpo(config: DPOConfig) -> Path:
             card = ModelCard(
                 title=run_dir.name,
                 method="DPO",
-                base_model=model,
+                base_model=config.model.path,
                 datasets=paths(config.data.path),
                 summary={"pairs": len(examples), "epochs": settings.epochs, "beta": settings.beta, **final},
             )

@@ -10,6 +10,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.loading import check_tokenizer_fits, context_length, load_config, load_tokenizer
 from rlhf_ray.models.saving import is_complete
 from rlhf_ray.models.scratch import build_from_scratch
+from rlhf_ray.names import on_disk
 
 
 def prepare_model(section: ModelSection, run_dir: Path, seed: int, texts: Callable[[], Iterable[str]]) -> str:
@@ -28,7 +29,7 @@ def prepare_model(section: ModelSection, run_dir: Path, seed: int, texts: Callab
         return str(folder)
     if not section.path:
         raise ConfigError("model.path: not given; name a model folder or hub name, or give model.scratch")
-    return section.path
+    return on_disk(section.path)
 
 
 def prepare_tokenizer(path: str, section: LoadingSection, run_dir: Path) -> tuple[Any, str]:

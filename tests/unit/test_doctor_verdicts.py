@@ -34,7 +34,7 @@ REPORT = {
     "Ray's disk": {"path": "/tmp/ray", "total": 500 * GIB, "free": 100 * GIB},
     "clock": {"offset_s": 0.002, "uncertainty_s": 0.001},
     "run directory": {"path": "/shared", "exists": True, "shared": True, "refused": None, "free": 900 * GIB},
-    "models": {"cwd": "/root", "models": {"/shared/policy": "folder", "org/reward": "cached"}},
+    "models": {"/shared/policy": "folder", "org/reward": "cached"},
 }
 RESOURCES = {"CPU": 16.0, "GPU": 2.0, "object_store_memory": 30.0 * GIB}
 
@@ -175,7 +175,6 @@ def test_gpus(gpus, told, share, verdict, found, remedy):
 @pytest.mark.parametrize(
     ("name", "state", "verdict", "found", "remedy"),
     [
-        ("models/sft", "missing", "problem", "models/sft is not there (from /root, where", "absolute path"),
         ("/models/sft", "missing", "problem", "/models/sft is not there", "copy it to this node"),
         ("/models/sft", "no weights", "problem", "/models/sft holds no weights", "complete model folder"),
         ("org/model", "hub", "ok", "org/model is fetched from the hub, which answers", ""),
@@ -184,7 +183,7 @@ def test_gpus(gpus, told, share, verdict, found, remedy):
     ],
 )
 def test_models(name, state, verdict, found, remedy):
-    line = judge("models", {"cwd": "/root", "models": {name: state}})
+    line = judge("models", {name: state})
     assert line.verdict == verdict
     assert line.found.startswith(found) or found in line.found
     assert remedy in line.remedy
