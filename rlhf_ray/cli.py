@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlhf_ray import __version__, cli_doctor, cli_plan, cli_scale
+from rlhf_ray import __version__, cli_doctor, cli_jobs, cli_plan, cli_scale
 from rlhf_ray.errors import ConfigError, RlhfError
 
 if TYPE_CHECKING:
@@ -166,3 +166,6 @@ def demo(
     run_demo(config, out, seed, few_labels=few_labels)
     typer.echo(out / "summary.json")
     typer.echo(out / "report.html")
+
+
+app.add_typer(cli_jobs.app)

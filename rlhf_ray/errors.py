@@ -54,6 +54,16 @@ class StageError(RlhfError):
     """A stage cannot start or continue, such as a run directory that already holds another run."""
 
 
+class PackageError(RlhfError):
+    """The folder that a job would upload holds weights or runs, or is too large."""
+
+    exit_code = 2
+
+
+class JobError(RlhfError):
+    """A job cannot be submitted, found, followed or stopped, or the cluster that should run it does not answer."""
+
+
 class RunStopped(RlhfError):
     """The run was asked to stop (SIGTERM, or Ctrl-C), wrote a checkpoint and ended; the same command continues it."""
 

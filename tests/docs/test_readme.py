@@ -3,7 +3,8 @@
 Commands that would take minutes or the network run in a short form:
 
 * `make TARGET` as `make -n TARGET`;
-* `rlhf-ray sft|reward|dpo|ppo|pipeline|generate` with `--dry-run` appended, `rlhf-ray demo|doctor`
+* `rlhf-ray sft|reward|dpo|ppo|pipeline|generate|submit` with `--dry-run` appended, `rlhf-ray
+  demo|doctor|jobs|logs|stop|scale`
   with `--help`, in this process;
 * `ray ...` with `--help`, and the `rlhf-ray` command inside `ray job submit ... -- rlhf-ray ...` as above;
 * commands that install, and those of programs that talk to a cluster (`kubectl`, `sbatch`, ...), are checked by the
@@ -34,6 +35,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "cluster/README.md"]
 STAGES = ("sft", "reward", "dpo", "ppo", "pipeline", "generate")
 # Programs that need what a test has not: a cluster, a daemon, a queue, or the shell that the page's reader types into.
 OUTSIDE = ("docker", "kubectl", "helm", "sbatch", "squeue", "chmod", "export")
+JOBS = ("jobs", "logs", "stop")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -57,11 +59,11 @@ def short_forms(words: list[str]) -> list[list[str]]:
         return [[*words[:2], "--help"]]
     if words[0] == "make":
         return [["make", "-n", *words[1:]]]
-    if words[0] == "rlhf-ray" and words[1] in STAGES:
+    if words[0] == "rlhf-ray" and words[1] in (*STAGES, "submit"):
         return [words if words[-1] == "--dry-run" else [*words, "--dry-run"]]
     if words[:2] == ["rlhf-ray", "plan"]:
         return [words]
-    if words[0] == "rlhf-ray" and words[1] in ("demo", "doctor"):
+    if words[0] == "rlhf-ray" and words[1] in ("demo", "doctor", "scale", *JOBS):
         return [[*words, "--help"]]
     raise AssertionError(f"no rule says how to run {shlex.join(words)!r}")
 
@@ -80,6 +82,8 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs") / "checkout"
     ignored = shutil.ignore_patterns(".*", "runs", "__pycache__")
     shutil.copytree(ROOT, folder, ignore=ignored)
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(ROOT / name, folder)
     write_demo_data(folder / "runs" / "demo" / "data", seed=0)
     for run in ("smoke/sft", "demo/ppo"):
         make_llama(folder / "runs" / run / "model")
@@ -92,7 +96,7 @@ def test_the_pages_have_commands():
     text = [command for _, command in commands()]
     assert "make demo" in text
     assert "make test" in text
-    for stage in (*STAGES, "demo", "doctor"):
+    for stage in (*STAGES, "demo", "doctor", "scale", "submit", *JOBS):
         assert any(command.startswith(f"rlhf-ray {stage} ") for command in text), stage
 
 
@@ -110,6 +114,7 @@ def test_every_command_runs(page, command, checkout, monkeypatch, capsys):
         subprocess.run(["bash", "-n", "-c", command], check=True, timeout=10)
         return
     monkeypatch.chdir(checkout)
+    monkeypatch.setenv("WANDB_API_KEY", "none")
     for words in short_forms(shlex.split(command, comments=True)):
         if words[0] == "rlhf-ray":
             with pytest.raises(SystemExit) as ended:

@@ -93,7 +93,8 @@ def test_help_names_every_command_and_loads_nothing_heavy():
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert result.stdout.endswith("[]\n"), result.stdout
-    for command in ("sft", "reward", "ppo", "dpo", "pipeline", "generate", "demo", "doctor"):
+    stages = ("sft", "reward", "ppo", "dpo", "pipeline", "generate", "demo")
+    for command in (*stages, "plan", "doctor", "scale", "submit", "jobs", "logs", "stop"):
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE), command
 
 
