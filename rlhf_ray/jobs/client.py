@@ -18,7 +18,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobTy
 from rlhf_ray.errors import JobError
 
 CONNECT_TIMEOUT_S = 10.0
-ANSWER_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 30.0
 UPLOAD_TIMEOUT_S = 600.0
 # A log that is silent for so long is asked for again, as a connection may be dead without either end knowing.
 SILENCE_S = 60.0
@@ -42,16 +42,12 @@ class _Client(JobSubmissionClient):
     """Ray's client, which by itself waits forever and raises whatever the HTTP library does."""
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-        # The first deadline also limits how long a request's body may take.
-        timeout = (UPLOAD_TIMEOUT_S if method == "PUT" else CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S)
+        # The deadline of the connection also limits how long the body of a request may take.
+        timeout = UPLOAD_TIMEOUT_S if method == "PUT" else (CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S)
         try:
             return super()._do_request(method, endpoint, timeout=timeout, **options)
         except AuthenticationError as error:
-            raise JobError(
-                f"--address: {self._address} refuses the request ({str(error).splitlines()[0]}); set "
-                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token, which "
-                "`ray get-auth-token` prints there"
-            ) from None
+            raise _unauthorised(self._address, error) from None
         except OSError as error:
             raise _Unreachable(
                 f"--address: no Ray dashboard answers at {self._address} ({type(error).__name__}); check that the "
@@ -111,6 +107,8 @@ class JobClient:
         os.environ["RAY_API_SERVER_ADDRESS"] = address
         try:
             self._client = _Client(address)
+        except AuthenticationError as error:
+            raise _unauthorised(address, error) from None
         except (RuntimeError, ValueError, KeyError, OSError) as error:
             raise JobError(
                 f"--address: what answers at {address} is no Ray dashboard that takes jobs ({error}); name the "
@@ -244,6 +242,14 @@ class JobClient:
             f"--name: {name!r} is taken by a job that is {status.lower()}; choose another name (the same run.dir "
             f"continues the run), or follow that job with `rlhf-ray logs {name} --follow --address {self.address}`"
         )
+
+
+def _unauthorised(address: str, error: AuthenticationError) -> JobError:
+    what = str(error).splitlines()[0].partition(". ")[0]
+    return JobError(
+        f"--address: no access to {address} ({what}); set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
+        "RAY_AUTH_TOKEN_PATH) to the cluster's token, which `ray get-auth-token` prints there"
+    )
 
 
 def _job(info: JobDetails) -> Job:

@@ -253,6 +253,21 @@ def test_a_value_on_the_command_line_is_not_repeated(folder, submit):
     assert "a-secret-value" not in err
 
 
+@pytest.mark.parametrize("command", [["jobs"], ["logs", "some"], ["stop", "some"]])
+@pytest.mark.parametrize(
+    ("address", "found"),
+    [("http://127.0.0.1:9", "no Ray dashboard answers at"), ("auto", "expected the dashboard's URL")],
+)
+def test_an_address_without_a_dashboard_is_one_error(capsys, monkeypatch, command, address, found):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--address", address])
+    captured = capsys.readouterr()
+    assert (ended.value.code, captured.out) == (1, "")
+    assert captured.err.startswith("error: --address: ")
+    assert found in captured.err
+
+
 def test_weights_are_refused_before_anything_is_called(folder, submit):
     write("model.pt")
     code, out, err = submit("some.yaml")
