@@ -17,7 +17,9 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from rlhf_ray.config import load_config
-from rlhf_ray.placement.plan import make_plan, shortfalls
+from rlhf_ray.placement.inventory import Node
+from rlhf_ray.placement.layout import lay_out, misfits
+from rlhf_ray.placement.plan import make_plan
 from rlhf_ray.tracking.prometheus_names import METRICS, RAY_PREFIX, STATES, TAGS, exported_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -264,21 +266,21 @@ def test_the_run_fits_into_the_pods(name):
     nodes = []
     for group in cluster_spec(name)["workerGroupSpecs"]:
         limits = container(group["template"])["resources"]["limits"]
-        node = {"CPU": float(limits["cpu"]), "GPU": float(limits["nvidia.com/gpu"])}
-        nodes += [dict(node) for _ in range(group["replicas"])]
+        cpus, gpus = float(limits["cpu"]), int(limits["nvidia.com/gpu"])
+        nodes += [
+            Node(name=f"{group['groupName']}-{i}", cpus=cpus, gpus=gpus, gpu_memory_gib=80.0, labels=group["labels"])
+            for i in range(group["replicas"])
+        ]
         # A group has the GPUs of its role.
         roles = ["reference", "reward"] if group["groupName"] == "scoring" else [group["groupName"]]
         needed = sum(plan.share(role, "GPU") * len(plan.groups[role]) for role in roles)
-        assert node["GPU"] * group["replicas"] == needed
-    total = {resource: sum(node[resource] for node in nodes) for resource in ("CPU", "GPU")}
-    assert shortfalls(plan, total) == []
-    # Whichever pods the large bundles land in, the others still fit: first fit in both orders of the pods.
-    for order in (nodes, nodes[::-1]):
-        free = copy.deepcopy(order)
-        for bundle in sorted(plan.bundles, key=lambda bundle: -bundle["GPU"]):
-            node = next(node for node in free if all(node[key] >= amount for key, amount in bundle.items()))
-            for key, amount in bundle.items():
-                node[key] -= amount
+        assert gpus * group["replicas"] == needed
+    assert misfits(plan, nodes) == []
+    layout = lay_out(plan, nodes)
+    assert layout.without == {}
+    for seat in layout.seats:
+        role = nodes[seat.node].labels["role"]
+        assert role == ("scoring" if seat.group in ("reference", "reward") else seat.group)
 
 
 # ray up
