@@ -23,7 +23,10 @@ from matplotlib.figure import Figure
 
 from rlhf_ray.demo.gold import gold_score, is_flattering
 from rlhf_ray.errors import DataError
+from rlhf_ray.tracking.activity import TRACE
 from rlhf_ray.tracking.rundir import write_text
+from rlhf_ray.tracking.timeline import iterations, read_timeline
+from rlhf_ray.tracking.timeline import paint as paint_timeline
 
 _INK = "#123456"  # stands for the page's own text colour, light or dark, in the drawings
 _COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7")
@@ -203,7 +206,7 @@ def _sample_points(folder: Path) -> dict[str, Points]:
     }
 
 
-def _draw(name: str, title: str, paint: Callable[[Axes], None]) -> Markup:
+def _draw(name: str, title: str, paint: Callable[[Axes], None], size: tuple[float, float] = (4.6, 2.9)) -> Markup:
     """An SVG drawing for the page, its ink in the page's text colour."""
     style: Any = {  # its type is a literal of every parameter name
         "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "font.family": "sans-serif",
@@ -213,7 +216,7 @@ def _draw(name: str, title: str, paint: Callable[[Axes], None]) -> Markup:
         "legend.frameon": False, "legend.fontsize": 8, "axes.titlesize": 10, "axes.titleweight": "bold",
     }  # fmt: skip
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         axes.set_title(title, loc="left")
         paint(axes)
@@ -288,6 +291,23 @@ def _draw_reliability(evaluation: Any) -> Markup | None:
     return _draw("reliability", "Reliability", paint)
 
 
+def _draw_timeline(folder: Path) -> Markup | None:
+    """Who worked when in the last iteration; None where no process left spans."""
+    if not (folder / TRACE).is_dir():
+        return None
+    timeline = read_timeline(folder)
+    known = iterations(timeline)
+    if not known:
+        return None
+    last = known[max(known)]
+
+    def paint(axes: Axes) -> None:
+        axes.grid(False)
+        paint_timeline(axes, timeline, last.start, last.end)
+
+    return _draw("timeline", f"Iteration {max(known)}: who works when", paint, size=(6.4, 2.9))
+
+
 def _flatten(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:
     """Names joined by dots, and values, of a nested mapping."""
     if isinstance(value, Mapping):
@@ -321,6 +341,8 @@ def _section(stage: _Stage, run_dir: Path, ceiling: float | None) -> _Section:
     ]
     if stage.folder == "reward":
         drawings.append(_draw_reliability(_read_json(folder / "evaluation.json")))
+    if stage.folder == "ppo":
+        drawings.append(_draw_timeline(folder))
     section.drawings = [drawing for drawing in drawings if drawing is not None]
     section.found = bool(section.drawings)
     return section

@@ -30,6 +30,7 @@ from rlhf_ray.rollout.engine import SampleRequest
 from rlhf_ray.rollout.pool import sampling_seed
 from rlhf_ray.scoring.scorer import ScoredTrajectory, response_sequence
 from rlhf_ray.stages.run import Run
+from rlhf_ray.tracking.activity import Activity
 from rlhf_ray.training.objectives import PolicyUpdate, ValueUpdate
 
 logger = logging.getLogger(__name__)
@@ -57,14 +58,16 @@ class PPOLoop:
         self.version = 0  # policy updates so far: one an iteration
         self.probe_ids = max((p.token_ids for p in prompts[:16]), key=len)[:PROBE_TOKENS]
         self.timings: dict[str, float] = {}
+        self.activity = Activity("driver", run.directory.path)
+        self.iteration = 0
 
     def train(self) -> dict[str, float]:
         """Run the iterations that are left; returns the last one's metrics."""
         self._restore()
         forget(self.run.directory.path)
-        metrics = self.groups.rollout.update_weights(self.groups.policy, self.version, self.probe_ids)
+        metrics = self._transfer()
         for iteration in self.run.begin(self.config.ppo.iterations, ["objective/scores", "objective/kl"]):
-            self.timings = {}
+            self.timings, self.iteration = {}, iteration
             with self._timed("iteration"):
                 self._resize()
                 drawn = [self.prompts[i] for i in self.order.next(self.config.ppo.prompts_per_iteration)]
@@ -76,9 +79,10 @@ class PPOLoop:
                     metrics = self._update(iteration, experience)
                 if self._trains_policy(iteration):
                     self.version += 1
-                    metrics |= self.groups.rollout.update_weights(self.groups.policy, self.version, self.probe_ids)
+                    metrics |= self._transfer()
             metrics |= experience.metrics | self._state_metrics(scored)
             self.kl.update(experience.kl, len(experience.policy))
+            self.activity.count_iteration()
             self.run.log(iteration, metrics, experience.samples)
             self.run.checkpoint_if_due(iteration, self._state(), self._save)
         return metrics
@@ -88,7 +92,12 @@ class PPOLoop:
         rollout = self.groups.rollout
         rollout.resize(wanted_engines(self.run.directory.path) or self.config.rollout.engines)
         if rollout.newcomers_ready():
-            rollout.update_weights(self.groups.policy, self.version, self.probe_ids)
+            self._transfer()
+
+    def _transfer(self) -> dict[str, float]:
+        """The policy's weights to all engines; returns its metrics."""
+        with self.activity.busy("transfer", iteration=self.iteration):
+            return self.groups.rollout.update_weights(self.groups.policy, self.version, self.probe_ids)
 
     def _rollout(self, iteration: int, prompts: list[Prompt]) -> list[ScoredTrajectory]:
         """Sample and score: reference, rewards and critic work while other responses are still being sampled."""
@@ -189,7 +198,8 @@ class PPOLoop:
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         started = time.monotonic()
-        yield
+        with self.activity.busy(name, iteration=self.iteration):
+            yield
         self.timings[name] = time.monotonic() - started
 
     def _clocked(self, stream: Iterator[Any]) -> Iterator[Any]:

@@ -8,10 +8,12 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.errors import EngineError
+from rlhf_ray.tracking.activity import activity
 from rlhf_ray.tracking.logs import setup_actor_logging
 from rlhf_ray.trajectory import Trajectory, VersionSpan
 
@@ -74,6 +76,7 @@ class RolloutEngine:
         self._spec = spec
         self._version: int | None = None
         self._coming: int | None = None
+        self._transfer = ExitStack()  # the span of a transfer under way
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**_engine_args(spec)))
 
     async def ready(self) -> bool:
@@ -90,9 +93,12 @@ class RolloutEngine:
             raise EngineError("this engine has taken part in no complete weight transfer yet and must not generate")
         pending = {asyncio.ensure_future(self._sample(request)) for request in requests}
         try:
-            while pending:
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                yield [task.result() for task in done]
+            with activity().busy("generate"):
+                while pending:
+                    done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                    finished = [task.result() for task in done]
+                    activity().count_tokens(sum(len(one.response_ids) for one in finished), len(finished))
+                    yield finished
         finally:
             for task in pending:
                 task.cancel()
@@ -159,6 +165,7 @@ class RolloutEngine:
     async def start_weight_update(self) -> None:
         """Stop scheduling, keep running requests frozen, and open the update. From here on the engine is STALE."""
         self._version = None
+        self._transfer.enter_context(activity().busy("transfer"))
         await self._engine.pause_generation(mode="keep", clear_cache=True)
         await self._engine.start_weight_update()
 
@@ -173,10 +180,12 @@ class RolloutEngine:
         # Named before anything is sampled from them, so that every token carries the version that it came from.
         await self._engine.finish_weight_update(weight_version=str(self._coming))
         await self._engine.resume_generation()
+        self._transfer.close()
 
     async def commit(self) -> None:
         """Serve the announced weights, after the probe agreed."""
         self._version = self._coming
+        activity().hold_version(self._coming or 0)
 
     async def close(self) -> None:
         """Stop vLLM's own processes."""

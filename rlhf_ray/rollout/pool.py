@@ -120,7 +120,7 @@ class RolloutPool:
         self._admit()
         self.connect(trainer)
         self._on_all("announce", version)
-        trainer.send_weights().result()
+        trainer.send_weights(version).result()
         ids = torch.tensor(list(probe_ids))
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[0] = False

@@ -14,6 +14,7 @@ import torch
 from rlhf_ray.errors import ConfigError, DataError, RewardError
 from rlhf_ray.models.reading import SequenceScores, TokenLogprobs
 from rlhf_ray.packing import PackedBatch, Sequence, pack, partition
+from rlhf_ray.tracking.activity import activity
 from rlhf_ray.tracking.logs import setup_actor_logging
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ class ReferenceActor:
 
     def score(self, sequences: list[Sequence]) -> list[torch.Tensor]:
         """Log-probability of each target of each sequence, [targets]."""
-        return read_all(self._model, sequences, self._read, self._spec)
+        with activity().busy("log-probabilities", tokens=sum(map(len, sequences)), responses=len(sequences)):
+            return read_all(self._model, sequences, self._read, self._spec)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ class RewardModelActor:
             RewardError: a score is not finite.
         """
         sequences = [self._sequence(completion) for completion in completions]
-        raw = read_all(self._model, sequences, SequenceScores(), self._spec)
+        with activity().busy("scores", tokens=sum(map(len, sequences)), responses=len(sequences)):
+            raw = read_all(self._model, sequences, SequenceScores(), self._spec)
         scores = [(float(value) - self._mean) / self._std for value in raw]
         broken = [index for index, score in enumerate(scores) if not math.isfinite(score)]
         if broken:
@@ -183,9 +186,10 @@ class RewardFunctionActor:
             "completion_ids": completion_ids,
         }
         try:
-            values = self._function(**arguments)
-            if inspect.isawaitable(values):
-                values = asyncio.run(_await(values))
+            with activity().busy("scores", responses=len(completions)):
+                values = self._function(**arguments)
+                if inspect.isawaitable(values):
+                    values = asyncio.run(_await(values))
         except Exception as error:
             raise RewardError(f"reward function {self._path} raised {type(error).__name__}: {error}") from None
         return self._checked(values, len(completions))

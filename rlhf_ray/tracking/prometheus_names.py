@@ -14,7 +14,7 @@ RAY_PREFIX = "ray_"
 TAGS = ("group", "actor", "run")
 
 # What the values of `rlhf_state` stand for.
-STATES = {0: "starting", 1: "idle", 2: "busy", 3: "failed"}
+STATES = {1: "idle", 2: "busy"}
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,12 @@ METRICS = {
     "rlhf_weight_version": PrometheusMetric(
         "gauge", "1", "Version of the policy weights that the process holds; only policy and rollout have one."
     ),
-    "rlhf_queue": PrometheusMetric("gauge", "items", "Requests that were handed to the process and are not answered."),
+    "rlhf_queue": PrometheusMetric("gauge", "calls", "Calls under way in the process."),
     "rlhf_tokens_per_second": PrometheusMetric(
         "gauge", "tokens/s", "Tokens that the process sampled, scored or trained on in its last call / its duration."
     ),
-    "rlhf_idle_share": PrometheusMetric(
-        "gauge", "1", "Share of the last iteration in which the process had nothing to do."
-    ),
-    "rlhf_iterations_total": PrometheusMetric("counter", "iterations", "Iterations it took part in."),
+    "rlhf_busy_seconds_total": PrometheusMetric("counter", "s", "Time in which the process had something to do."),
+    "rlhf_iterations_total": PrometheusMetric("counter", "iterations", "Iterations that the driver has finished."),
     "rlhf_responses_total": PrometheusMetric("counter", "responses", "Responses it sampled, scored or trained on."),
     "rlhf_tokens_total": PrometheusMetric("counter", "tokens", "Tokens it sampled, scored or trained on."),
     "rlhf_weight_transfers_total": PrometheusMetric(

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from rlhf_ray.packing import PackedBatch
+from rlhf_ray.tracking.activity import activity
 from rlhf_ray.tracking.logs import setup_actor_logging
 from rlhf_ray.training.trainer import Objective, Reader, Trainer, TrainerSpec
 
@@ -65,19 +66,23 @@ class TrainerActor:
 
     def step(self, batches: list[PackedBatch], objective: Objective) -> dict[str, float]:
         """One optimizer step; see `Trainer.step`."""
-        return self.trainer.step(batches, objective)
+        with activity().busy("step", **_size(batches)):
+            return self.trainer.step(batches, objective)
 
     def forward(self, batches: list[PackedBatch], reader: Reader) -> list[list[torch.Tensor]]:
         """A forward pass; see `Trainer.forward`."""
-        return self.trainer.forward(batches, reader)
+        with activity().busy("forward", **_size(batches)):
+            return self.trainer.forward(batches, reader)
 
     def evaluate(self, batches: list[PackedBatch], objective: Objective) -> dict[str, float]:
         """The objective's metrics; see `Trainer.evaluate`."""
-        return self.trainer.evaluate(batches, objective)
+        with activity().busy("evaluate", **_size(batches)):
+            return self.trainer.evaluate(batches, objective)
 
     def save(self, folder: str) -> None:
         """Write a checkpoint; see `Trainer.save`."""
-        self.trainer.save(folder)
+        with activity().busy("checkpoint"):
+            self.trainer.save(folder)
 
     def load(self, folder: str) -> None:
         """Read a checkpoint; see `Trainer.load`."""
@@ -109,6 +114,16 @@ class TrainerActor:
             self.trainer, engines, workers_per_engine, getattr(torch, dtype), timeout_s, gpu=self._spec.gpu
         )
 
-    def send_weights(self) -> None:
-        """Send all weights to the connected engines."""
-        self._sender.send()
+    def send_weights(self, version: int) -> None:
+        """Send all weights, which are of this version, to the connected engines."""
+        with activity().busy("transfer"):
+            self._sender.send()
+        activity().hold_version(version)
+
+
+def _size(batches: list[PackedBatch]) -> dict[str, int]:
+    """Tokens and sequences of a call."""
+    return {
+        "tokens": sum(len(batch.input_ids) for batch in batches if not batch.is_empty),
+        "responses": sum(len(batch.indices) for batch in batches),
+    }

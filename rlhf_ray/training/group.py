@@ -103,9 +103,9 @@ class TrainerGroup:
             "connect_engines", "connecting to the engines", engines, workers_per_engine, dtype, self.timeout_s
         )
 
-    def send_weights(self) -> Pending:
-        """Send all weights to the connected engines."""
-        return self._on_all("send_weights", "weight transfer")
+    def send_weights(self, version: int) -> Pending:
+        """Send all weights, which are of this version, to the connected engines."""
+        return self._on_all("send_weights", "weight transfer", version)
 
     def stop(self) -> None:
         """End the actors at once."""
