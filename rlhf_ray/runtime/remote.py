@@ -39,7 +39,12 @@ def get(ref: Any, what: str, timeout_s: float) -> Any:
         raise EngineError(f"{what}: failed after {time.monotonic() - started:.1f} s\n{error}") from error
     except RayActorError as error:
         raise ActorDied(
-            f"{what}: the actor died after {time.monotonic() - started:.1f} s of waiting: {error}"
+            f"{what}: the actor died after {time.monotonic() - started:.1f} s of waiting: {_facts(error)}"
         ) from None
     except RayError as error:
         raise EngineError(f"{what}: {error}") from error
+
+
+def _facts(error: RayActorError) -> str:
+    """What Ray knows of a death, on one line: who, where and how, without its guesses at causes."""
+    return " ".join(str(error).partition("Some common causes")[0].split())

@@ -61,10 +61,7 @@ def train_reward_model(config: RewardConfig) -> Path:
         check_context(model, config.data.max_tokens, "data.max_tokens", config.model.trust_remote_code)
         examples, report = pair_examples(config, rows, tokenizer)
         logger.info("preferences: %s", report)
-        held_out = None
-        if config.data.eval_path:
-            held_out, report = pair_examples(config, read_pairs(config, config.data.eval_path), tokenizer)
-            logger.info("held-out preferences: %s", report)
+        held_out, files = held_out_pairs(config, tokenizer)
         objective = PreferenceReward(settings.label_smoothing, settings.centering_coef, settings.margin)
         spec = TrainerSpec(
             name="reward",
@@ -85,7 +82,7 @@ def train_reward_model(config: RewardConfig) -> Path:
                     return {}
                 sequences, group = held_out.all()
                 losses = trainer.evaluate(sequences, objective, group).result()
-                return prefixed("eval", losses | headline(evaluation(trainer, held_out)))
+                return prefixed("eval", losses | headline(evaluation(trainer, held_out, files)))
 
             fit(
                 config,
@@ -99,7 +96,7 @@ def train_reward_model(config: RewardConfig) -> Path:
                 evaluate,
                 shown=["loss", "accuracy", "eval/accuracy"],
             )
-            final = evaluation(trainer, held_out) if held_out else {}
+            final = evaluation(trainer, held_out, files) if held_out else {}
             sample = Examples(examples.sequences[: 2 * NORMALIZATION_PAIRS], size=2)
             scores = torch.cat(trainer.forward(sample.sequences, SequenceScores()).result())
             constants = {
@@ -119,15 +116,28 @@ def train_reward_model(config: RewardConfig) -> Path:
         return run.model_folder
 
 
-def evaluation(trainer: TrainerGroup, pairs: Examples) -> dict[str, Any]:
-    """Accuracy, calibration and the part of length in it, on held-out pairs."""
+def held_out_pairs(config: RewardConfig, tokenizer: Any) -> tuple[Examples | None, dict[str, int]]:
+    """The held-out pairs of all files, one after the other, and how many are of each; None without any."""
+    sequences, files = [], {}
+    for path in paths(config.data.eval_path):
+        examples, report = pair_examples(config, read_pairs(config, path), tokenizer)
+        logger.info("held-out preferences: %s: %s", path, report)
+        sequences += examples.sequences
+        files[path] = len(examples)
+    return (Examples(sequences, size=2) if files else None), files
+
+
+def evaluation(trainer: TrainerGroup, pairs: Examples, files: dict[str, int]) -> dict[str, Any]:
+    """Accuracy, calibration and the part of length in it, on held-out pairs; accuracy on each of their files too."""
     scores = torch.cat(trainer.forward(pairs.sequences, SequenceScores()).result())
     chosen, rejected = scores[0::2], scores[1::2]
     lengths = torch.tensor([sequence.fields["completion_length"] for sequence in pairs.sequences])
     buckets = accuracy_by_length(chosen, rejected, lengths[0::2], lengths[1::2])
+    parts = zip(chosen.split(list(files.values())), rejected.split(list(files.values())), strict=True)
     return {
         "pairs": len(pairs),
         "accuracy": pairwise_accuracy(chosen, rejected),
+        "accuracy_by_file": {name: pairwise_accuracy(*part) for name, part in zip(files, parts, strict=True)},
         "ece": expected_calibration_error(chosen, rejected),
         "reliability": [asdict(one) for one in reliability_bins(chosen, rejected)],
         "accuracy_by_length": {name: asdict(bucket) for name, bucket in buckets.items()},

@@ -165,6 +165,7 @@ def test_reward_model_separates_pairs_and_its_evaluation_is_kept(ray_cluster, mo
     assert result["accuracy"] == metrics[-1]["eval/accuracy"] > 0.95
     assert 0.0 <= result["ece"] < 0.3
     assert sum(one["count"] for one in result["reliability"]) == 20
+    assert result["accuracy_by_file"] == {data["held_out"]: result["accuracy"]}
     buckets = result["accuracy_by_length"]
     assert buckets.keys() == {"all", "chosen_longer", "chosen_shorter", "similar"}
     assert sum(bucket["count"] for bucket in buckets.values()) == 2 * 20

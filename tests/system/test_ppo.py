@@ -28,6 +28,7 @@ from rlhf_ray.config import PPOConfig, dump_config, from_dict, load_config
 from rlhf_ray.errors import ConfigError, ModelError, ResourceError, RlhfError, RunStopped, StageError
 from rlhf_ray.stages.ppo import train_ppo
 from rlhf_ray.tracking.metrics import check_known
+from rlhf_ray.tracking.timeline import cut, idle_shares, iterations, read_timeline
 
 pytestmark = pytest.mark.system
 
@@ -182,6 +183,30 @@ def test_the_results_load_in_transformers_and_every_parameter_has_changed(whole_
         assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
         assert tokenizer.chat_template == make_tokenizer().chat_template
     assert (folder / "model" / "README.md").is_file()
+
+
+def test_the_timeline_shows_what_every_process_did(whole_run: PPOConfig):
+    timeline = read_timeline(Path(whole_run.run.dir))
+    assert set(timeline) == {
+        "driver",
+        "policy-0",
+        "critic-0",
+        "rollout-0",
+        "reference-0",
+        "reward-0",
+        "reward-num_tokens",
+    }
+    done = iterations(timeline)
+    assert list(done) == list(range(ITERATIONS))
+    window = done[1]
+    names = {actor: {span.name for span in spans} for actor, spans in cut(timeline, window.start, window.end).items()}
+    assert {"generate", "transfer"} <= names["rollout-0"]
+    assert {"step", "transfer"} <= names["policy-0"]
+    assert {"step", "forward"} <= names["critic-0"]
+    assert names["reference-0"] == {"log-probabilities"}
+    assert names["reward-0"] == {"scores"}
+    shares = idle_shares(timeline, window.start, window.end)
+    assert all(0 < share < 1 for share in shares.values())
 
 
 def test_a_finished_run_is_left_as_it_is(whole_run: PPOConfig):
