@@ -1,9 +1,11 @@
 """Engines that join, leave and die while a run goes on: its numbers are those of a run with one engine throughout."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -15,6 +17,7 @@ from rlhf_ray.driver.control import ask_for_engines, wanted_engines
 from rlhf_ray.errors import StageError
 from rlhf_ray.rollout.pool import RolloutPool
 from rlhf_ray.stages.ppo import train_ppo
+from rlhf_ray.tracking.logs import LOGS
 
 pytestmark = pytest.mark.system
 
@@ -88,6 +91,27 @@ def test_nothing_is_lost_or_repeated_and_every_number_is_that_of_one_engine(stea
         name = f"samples/step_{step:06d}.parquet"
         tables = [pq.read_table(Path(config.run.dir) / name) for config in (steady, elastic)]
         assert tables[0].equals(tables[1])
+
+
+def test_no_process_of_an_engine_outlives_it(elastic: PPOConfig):
+    """vLLM's own processes would go on where their actor was killed, and hold its memory."""
+    logs = str(Path(elastic.run.dir) / "logs")
+    deadline = time.monotonic() + 20
+    while left := processes_of(logs):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+
+
+def processes_of(logs: str) -> list[str]:
+    """Names of the living processes that log into the run's folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(LOGS) == logs and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
 
 
 def test_only_a_running_ppo_run_is_scaled(elastic: PPOConfig, tmp_path: Path):
