@@ -348,7 +348,8 @@ def _errors(exchange: Exchange) -> str:
 
 def _network_remedy(backend: str, answers: Iterable[Facts]) -> str:
     """What to do about answers of which some are errors."""
-    if any(answer.get("phase") == "rendezvous" for answer in answers):
+    # One that is past the rendezvous has reached the other, whatever that one then waited for.
+    if all(answer.get("phase") == "rendezvous" for answer in answers if "error" in answer):
         return "let the nodes reach each other on all TCP ports (firewall, security group, network policy)"
     return (
         f"set {backend.upper()}_SOCKET_IFNAME to the interface that joins the nodes, on each of them before "

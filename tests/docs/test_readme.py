@@ -12,6 +12,7 @@ Commands that would take minutes or the network run in a short form:
 * Python blocks run with `train_ppo` left out: the model that it would leave is there already.
 """
 
+import functools
 import importlib
 import os
 import re
@@ -68,6 +69,14 @@ def short_forms(words: list[str]) -> list[list[str]]:
     raise AssertionError(f"no rule says how to run {shlex.join(words)!r}")
 
 
+@functools.cache  # the pages name `ray start` and others many times
+def outcome(words: tuple[str, ...]) -> subprocess.CompletedProcess:
+    """What came of a program of the environment or the system."""
+    program = shutil.which(words[0], path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert program, words
+    return subprocess.run([program, *words[1:]], capture_output=True, text=True, timeout=120, check=False)
+
+
 def installs(command: str) -> bool:
     return "pip install" in command or "-m venv" in command
 
@@ -121,9 +130,7 @@ def test_every_command_runs(page, command, checkout, monkeypatch, capsys):
                 main(words[1:])
             assert ended.value.code == 0, f"{words}\n{capsys.readouterr().err}"
             continue
-        program = shutil.which(words[0], path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        assert program, words
-        result = subprocess.run([program, *words[1:]], capture_output=True, text=True, timeout=120)
+        result = outcome(tuple(words))
         assert result.returncode == 0, f"{words}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
 
 

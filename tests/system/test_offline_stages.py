@@ -337,5 +337,6 @@ def test_configuration_may_be_corrected_after_an_error(ray_cluster, models, data
         train_sft(from_dict(values, "sft"))
     values["data"] |= {"path": data["demonstrations"], "eval_path": None}
     values["sft"] |= {"epochs": 1, "batch_size": 20}
+    values["training"] |= {"warmup_steps": 0}
     train_sft(from_dict(values, "sft"))
     assert len(metrics_of(tmp_path / "run")) == 1
