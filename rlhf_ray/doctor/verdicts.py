@@ -348,8 +348,10 @@ def _errors(exchange: Exchange) -> str:
 
 def _network_remedy(backend: str, answers: Iterable[Facts]) -> str:
     """What to do about answers of which some are errors."""
-    # One that is past the rendezvous has reached the other, whatever that one then waited for.
-    if all(answer.get("phase") == "rendezvous" for answer in answers if "error" in answer):
+    errors = [answer for answer in answers if "error" in answer]
+    # An error of the collective other than that of waiting for the other node is this node's own: its interface.
+    own = any(answer.get("phase") == "collective" and "timed out" not in answer["error"] for answer in errors)
+    if not own and any(answer.get("phase") == "rendezvous" for answer in errors):
         return "let the nodes reach each other on all TCP ports (firewall, security group, network policy)"
     return (
         f"set {backend.upper()}_SOCKET_IFNAME to the interface that joins the nodes, on each of them before "
