@@ -101,8 +101,7 @@ class JobClient:
         if not address.startswith(("http://", "https://")):
             raise JobError(f"--address: found {address!r}, expected the dashboard's URL, such as http://HEAD:8265")
         # Ray's own notes about an upload; what goes wrong is raised.
-        for handler in logging.getLogger("ray").handlers:
-            handler.setLevel(logging.ERROR)
+        logging.getLogger("ray").setLevel(logging.ERROR)
         # Ray would let these variables win over the address that it is given.
         os.environ["RAY_API_SERVER_ADDRESS"] = address
         try:
