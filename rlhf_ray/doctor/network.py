@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from rlhf_ray.doctor.verdicts import Exchange
+from rlhf_ray.runtime.interface import choose_interface
 
 Facts = dict[str, Any]
 
@@ -34,6 +35,8 @@ class Peer:
     def load(self) -> Facts:
         """Import torch, which takes its time."""
         import torch.distributed  # noqa: F401
+
+        choose_interface()
 
         return {}
 

@@ -28,6 +28,7 @@ from rlhf_ray.doctor.verdicts import (
     judge_placement,
 )
 from rlhf_ray.errors import ResourceError
+from rlhf_ray.runtime import interface
 from rlhf_ray.runtime.cluster import actor_environment, connection
 
 CONNECT_TIMEOUT_S = 5.0
@@ -70,7 +71,7 @@ def examine(address: str | None, needs: Needs | None, say: Callable[[str], None]
             raise ResourceError(f"{error}\nInstall the same versions on every node and for the driver") from None
         known = dict(_named([node for node in ray.nodes() if node["Alive"]]))
         say(f"examining {len(known)} node{'s' * (len(known) != 1)}")
-        for module in (probe, network):
+        for module in (probe, network, interface):
             cloudpickle.register_pickle_by_value(module)
             stack.callback(cloudpickle.unregister_pickle_by_value, module)
         driver, reports = _probe(known, needs)

@@ -100,8 +100,9 @@ class JobClient:
     def __init__(self, address: str):
         if not address.startswith(("http://", "https://")):
             raise JobError(f"--address: found {address!r}, expected the dashboard's URL, such as http://HEAD:8265")
-        # Ray's own notes about an upload; what goes wrong is raised.
-        logging.getLogger("ray").setLevel(logging.ERROR)
+        # Ray's own notes about an upload and the end of a log; what goes wrong is raised.
+        for module in ("dashboard_sdk", "job.sdk"):
+            logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.ERROR)
         # Ray would let these variables win over the address that it is given.
         os.environ["RAY_API_SERVER_ADDRESS"] = address
         try:

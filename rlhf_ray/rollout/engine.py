@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.errors import EngineError
+from rlhf_ray.runtime.interface import choose_interface
 from rlhf_ray.tracking.activity import activity
 from rlhf_ray.tracking.logs import setup_actor_logging
 from rlhf_ray.trajectory import Trajectory, VersionSpan
@@ -73,6 +74,7 @@ class RolloutEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         setup_actor_logging()
+        choose_interface()  # inherited by the processes that vLLM starts
         self._spec = spec
         self._version: int | None = None
         self._coming: int | None = None

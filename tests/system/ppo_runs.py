@@ -43,7 +43,7 @@ class Inputs:
             "ppo": {"iterations": ITERATIONS, "prompts_per_iteration": 8},
         }
         for section, changes in sections.items():
-            values[section] = values[section] | changes
+            values[section] = values.get(section, {}) | changes
         return from_dict(values, "ppo")
 
 

@@ -1,0 +1,183 @@
+"""Several hosts on one machine: namespaces with addresses, links and shared memory of their own, a raylet in each.
+
+    python tests/system/hosts.py OUT.json
+
+Needs root and `ip`. Submits a PPO job over HTTP from outside: ranks of the policy on two hosts, engines on two others,
+reference, reward and critic on the head. Collectives and weights cross the links. Writes what was found, and leaves
+neither process nor namespace behind.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
+
+from ppo_runs import make_inputs
+
+from rlhf_ray.config import dump_config
+
+BRIDGE = "rlhfbr"
+OUTSIDE = "10.77.0.254"
+ROLES = {"head": "head", "trainer-a": "trainer", "trainer-b": "trainer", "rollout-a": "rollout", "rollout-b": "rollout"}
+ADDRESSES = {name: f"10.77.0.{number}" for number, name in enumerate(ROLES, start=1)}
+# Raylets that share a session's folder take each other's sockets.
+PRIVATE = 'mkdir -p "$1" "$2"; mount --bind "$1" "$2"; mount -t tmpfs none /dev/shm; shift 2; exec "$@"'
+DASHBOARD = f"http://{ADDRESSES['head']}:8265"
+
+
+def run(*command: str, **options: Any) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120, **options).stdout
+
+
+@contextmanager
+def network() -> Iterator[None]:
+    """A bridge, and a namespace for each host with one link to it."""
+    made = []
+    try:
+        run("ip", "link", "add", BRIDGE, "type", "bridge")
+        run("ip", "addr", "add", f"{OUTSIDE}/24", "dev", BRIDGE)
+        run("ip", "link", "set", BRIDGE, "up")
+        for number, (name, address) in enumerate(ADDRESSES.items()):
+            run("ip", "netns", "add", name)
+            made.append(name)
+            run("ip", "link", "add", f"rlhf{number}", "type", "veth", "peer", "name", "eth0", "netns", name)
+            run("ip", "link", "set", f"rlhf{number}", "master", BRIDGE, "up")
+            inside = ("ip", "-n", name)
+            run(*inside, "addr", "add", f"{address}/24", "dev", "eth0")
+            run(*inside, "link", "set", "eth0", "up")
+            run(*inside, "link", "set", "lo", "up")
+        yield
+    finally:
+        for name in made:
+            subprocess.run(["ip", "netns", "delete", name], check=False, timeout=30)
+        subprocess.run(["ip", "link", "delete", BRIDGE], check=False, timeout=30)
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[None]:
+    """Ray on every host; the head first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path}
+    hosts: list[subprocess.Popen] = []
+    try:
+        for name, role in ROLES.items():
+            # `ip` gives every command a view of the file system of its own.
+            command = ["ip", "netns", "exec", name, "sh", "-ec", PRIVATE, "sh", f"{folder}/ray-{name}", f"{folder}/ray"]
+            command += [str(Path(sys.executable).parent / "ray"), "start", "--block"]
+            command += [f"--node-ip-address={ADDRESSES[name]}", "--num-cpus=2", f"--labels=name={name},role={role}"]
+            if name == "head":
+                command += ["--head", "--port=6379", "--dashboard-host=0.0.0.0", f"--temp-dir={folder}/ray"]
+            else:
+                command += [f"--address={ADDRESSES['head']}:6379"]
+            command += [f"--object-store-memory={100 * 2**20}"]
+            log = (folder / f"{name}.log").open("w")
+            hosts.append(
+                subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=folder)
+            )
+            if name == "head":
+                await_page(f"{DASHBOARD}/api/version")
+        yield
+    finally:
+        for host in reversed(hosts):
+            host.send_signal(signal.SIGTERM)
+        for host in hosts:
+            try:
+                host.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(host.pid, signal.SIGKILL)
+        # What a raylet left behind lives in its namespace.
+        for name in ROLES:
+            for pid in run("ip", "netns", "pids", name).split():
+                os.kill(int(pid), signal.SIGKILL)
+
+
+def await_page(url: str) -> None:
+    import requests
+
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            requests.get(url, timeout=2)
+            return
+        except requests.RequestException:
+            assert time.monotonic() < deadline, f"{url} does not answer"
+            time.sleep(0.5)
+
+
+def crossed(name: str) -> int:
+    """Bytes that came in over the host's link."""
+    return int(json.loads(run("ip", "-n", name, "-s", "-j", "link", "show", "eth0"))[0]["stats64"]["rx"]["bytes"])
+
+
+def configuration(folder: Path) -> Path:
+    config = make_inputs(folder).config(
+        "run",
+        policy={"processes": 2},
+        rollout={"engines": 2},
+        placement={
+            "labels": {
+                **{group: {"role": "head"} for group in ("reference", "reward", "critic")},
+                "policy": {"role": "trainer"},
+                "rollout": {"role": "rollout"},
+            },
+            "spread": ["policy", "rollout"],
+        },
+    )
+    (folder / "job").mkdir()
+    file = folder / "job" / "job.yaml"
+    file.write_text(dump_config(config))
+    return file
+
+
+def main(out: Path) -> None:
+    from ray.util.state import list_actors, list_nodes
+
+    def joined() -> int:
+        return len(list_nodes(address=DASHBOARD, filters=[("state", "=", "ALIVE")]))
+
+    folder = Path(tempfile.mkdtemp(prefix="hosts", dir="/tmp"))
+    try:
+        with network(), cluster(folder):
+            deadline = time.monotonic() + 90
+            while joined() < len(ROLES):
+                assert time.monotonic() < deadline, f"{joined()} of {len(ROLES)} hosts have joined"
+                time.sleep(1)
+            file = configuration(folder)
+            before = {name: crossed(name) for name in ROLES}
+            command = [sys.executable, "-m", "rlhf_ray", "submit", str(file), "--address", DASHBOARD, "--name", "hosts"]
+            command += ["--kind", "ppo"]
+            job = subprocess.run(
+                command, cwd=file.parent, capture_output=True, text=True, timeout=540, check=False, env=os.environ
+            )
+            assert job.returncode == 0, job.stdout[-4000:] + job.stderr[-4000:]
+            names = {node.node_id: node.labels["name"] for node in list_nodes(address=DASHBOARD, detail=True)}
+            actors = {actor.name: names[actor.node_id] for actor in list_actors(address=DASHBOARD) if actor.name}
+            found = {
+                "exit_code": job.returncode,
+                "output": job.stdout[-4000:] + job.stderr[-4000:],
+                "actors": {name: host for name, host in actors.items() if not name.startswith("_")},
+                "bytes": {name: crossed(name) - before[name] for name in ROLES},
+                "metrics": [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()],
+            }
+            out.write_text(json.dumps(found))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    for variable in [variable for variable in os.environ if variable.startswith("RAY_")]:
+        del os.environ[variable]
+    # The cluster asks for a token, as one that is reached over a network should.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    main(Path(sys.argv[1]))
