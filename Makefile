@@ -2,7 +2,9 @@
 
 VENV := .venv
 STAMP := $(VENV)/.installed
+# Two tests at a time: most of them wait for an engine to start, on one core.
 PYTEST_ARGS ?=
+PYTEST_WORKERS ?= 2
 
 .PHONY: demo test lint install lock clean
 
@@ -12,7 +14,7 @@ demo: $(STAMP)
 
 # Lint and all tests; PYTEST_ARGS="-k packing" runs some.
 test: lint
-	$(VENV)/bin/pytest $(PYTEST_ARGS)
+	$(VENV)/bin/pytest --numprocesses $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -171,7 +171,7 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         models = {head: make_model(Path(folder), head) for head in ("causal", "scalar")}
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         try:
             for cell in cells:
                 results.append(measure(cell, models[cell.head], Path(folder), gpu=options.gpu))

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,6 @@ from rlhf_ray import __version__
 from rlhf_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rlhf_ray.config.load import Kind
     from rlhf_ray.jobs.client import Job, JobClient
     from rlhf_ray.jobs.package import PackedFile
 
@@ -33,7 +32,6 @@ Address = Annotated[
 ]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The job's name.", show_default=False)]
 
-FIRST_LINE = re.compile(r"#\s*rlhf-ray\s+(sft|reward|ppo|dpo|pipeline)\b")
 # The name becomes a part of URLs and of a log file's name.
 JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -45,10 +43,6 @@ def submit(
     address: Address,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="section.key=value", help="Changes to it.", show_default=False)
-    ] = None,
-    kind: Annotated[
-        Literal["sft", "reward", "ppo", "dpo", "pipeline"] | None,
-        typer.Option(help="The command to run; the configuration's first line says it (`# rlhf-ray ppo ...`)."),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="The job's name; by default made of command, run directory and time.")
@@ -65,11 +59,13 @@ def submit(
     ] = False,
 ) -> None:
     """Run a configuration as a job of a Ray cluster, with the code of this folder."""
-    from rlhf_ray.config import dump_config, load_config
+    from rlhf_ray.config import dump_config
+    from rlhf_ray.config.load import load_any
+    from rlhf_ray.config.pipeline import PipelineConfig, stage_name
     from rlhf_ray.jobs.package import CONFIG_NAME, check_config, collect, write_package
 
-    kind = kind or _kind(config)
-    resolved = load_config(config, overrides or [], kind)
+    resolved = load_any(config, overrides or [])
+    kind = "pipeline" if isinstance(resolved, PipelineConfig) else stage_name(resolved)
     root = Path.cwd()
     files = collect(root)
     check_config(resolved, files)
@@ -138,22 +134,6 @@ def stop(name: Name, address: Address) -> None:
         typer.echo(f"{name} is asked to stop; a run that trains ends after the step under way, with a checkpoint")
     else:
         typer.echo(f"{name} has ended already: {client.job(name).status.lower()}")
-
-
-def _kind(path: Path) -> "Kind":
-    """The command that a configuration's first line names."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            line = file.readline()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read the configuration: {error}") from error
-    found = FIRST_LINE.match(line)
-    if found is None:
-        raise ConfigError(
-            f"{path}: its first line does not name its command, as `# rlhf-ray ppo {path.name}` does; give "
-            "--kind sft, reward, ppo, dpo or pipeline"
-        )
-    return found[1]  # type: ignore[return-value]
 
 
 def _job_name(name: str | None, kind: str, run_dir: str) -> str:

@@ -92,7 +92,8 @@ def kind_of(values: dict[str, Any], source: str) -> Kind:
         sections = " and ".join(STAGE_SECTIONS[kind] for kind in found)
         raise ConfigError(
             f"{source}: found {sections or 'no section of a stage'}, expected one of "
-            f"{', '.join(STAGE_SECTIONS.values())}, or `stages` for a pipeline"
+            f"{', '.join(STAGE_SECTIONS.values())} (an empty one will do, as in `sft: {{}}`), or `stages` for "
+            "a pipeline"
         )
     return found[0]
 

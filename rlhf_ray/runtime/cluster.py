@@ -35,6 +35,7 @@ def connection(address: str | None = None) -> Iterator[None]:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         else:
             ray.init(
+                "local",  # a cluster that `ray start` left on this machine would be joined otherwise
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.WARNING,

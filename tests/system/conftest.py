@@ -26,6 +26,7 @@ CPUS = 8
 def ray_cluster() -> Iterator[None]:
     """A local cluster with more logical CPUs than the machine may have, so that groups of four ranks fit."""
     ray.init(
+        "local",
         num_cpus=CPUS,
         include_dashboard=False,
         log_to_driver=False,

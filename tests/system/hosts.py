@@ -156,7 +156,6 @@ def main(out: Path) -> None:
             file = configuration(folder)
             before = {name: crossed(name) for name in ROLES}
             command = [sys.executable, "-m", "rlhf_ray", "submit", str(file), "--address", DASHBOARD, "--name", "hosts"]
-            command += ["--kind", "ppo"]
             job = subprocess.run(
                 command, cwd=file.parent, capture_output=True, text=True, timeout=540, check=False, env=os.environ
             )

@@ -215,6 +215,22 @@ def test_what_the_cluster_refuses_is_one_error(cluster, arguments, environment, 
     assert found in err
 
 
+def test_a_run_without_an_address_leaves_a_cluster_on_this_machine_alone(cluster):
+    """Ray by itself joins the one that `ray start` made."""
+    lines = (
+        "import ray",
+        "from rlhf_ray.runtime.cluster import connection",
+        "with connection():",
+        "    print(ray.cluster_resources()['object_store_memory'])",
+    )
+    environment = cluster.environment | {"RAY_AUTH_MODE": "disabled"}
+    found = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0, found.stderr
+    assert float(found.stdout) > 256 * 2**20  # that of a cluster of its own, not of the fixture
+
+
 def test_the_limit_is_that_of_the_installed_ray():
     from ray._private import ray_constants
 

@@ -17,6 +17,7 @@ CONFIG = """\
 run: {dir: /shared/runs/a}
 data: {path: data/demos.jsonl, max_tokens: 64}
 model: {chat_template: default, scratch: {hidden_size: 64, num_heads: 2, num_kv_heads: 2, vocab_size: 300}}
+sft: {}
 """
 PPO = {
     "run": {"dir": "/shared/runs/p"},
@@ -222,8 +223,7 @@ def test_a_dry_run_prints_a_configuration_that_loads_and_what_would_be_sent(fold
         (["some.yaml", "sft.epoch=1"], 2, "sft.epoch: unknown key"),
         (["some.yaml", "run.dir=runs/a"], 2, "run.dir: found 'runs/a'"),
         (["none.yaml"], 2, "none.yaml: cannot read the configuration"),
-        (["plain.yaml"], 2, "plain.yaml: its first line does not name its command"),
-        (["some.yaml", "--kind", "ppo"], 2, "rollout: missing"),
+        (["plain.yaml"], 2, "plain.yaml: found no section of a stage, expected one of sft, "),
         (["some.yaml", "--env", "NOT_SET_ANYWHERE"], 2, "--env: NOT_SET_ANYWHERE not set in this environment"),
         (["some.yaml", "--env", "A-B"], 2, "--env: found 'A-B', expected the name"),
         (["some.yaml", "--name", "a/b"], 2, "--name: found 'a/b', expected up to 100"),
@@ -231,16 +231,16 @@ def test_a_dry_run_prints_a_configuration_that_loads_and_what_would_be_sent(fold
     ],
 )
 def test_what_is_wrong_is_one_error(folder, submit, arguments, code, found):
-    write("plain.yaml", CONFIG.partition("\n")[2])
+    write("plain.yaml", "run: {dir: runs/a}\n")
     found_code, out, err = submit(*arguments)
     assert (found_code, out) == (code, "")
     assert err.startswith("error: ")
     assert found in err
 
 
-def test_the_kind_may_be_given_where_the_first_line_has_none(folder, submit):
+def test_the_command_shows_in_the_configurations_sections(folder, submit):
     write("plain.yaml", CONFIG.partition("\n")[2])
-    code, out, _ = submit("plain.yaml", "--kind", "sft", "--dry-run")
+    code, out, _ = submit("plain.yaml", "--dry-run")
     assert code == 0
     assert "# command: exec python -m rlhf_ray sft " in out
     assert "# job: sft-a-" in out
