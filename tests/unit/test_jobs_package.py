@@ -222,7 +222,7 @@ def test_a_dry_run_prints_a_configuration_that_loads_and_what_would_be_sent(fold
     [
         (["some.yaml", "sft.epoch=1"], 2, "sft.epoch: unknown key"),
         (["some.yaml", "run.dir=runs/a"], 2, "run.dir: found 'runs/a'"),
-        (["none.yaml"], 2, "none.yaml: cannot read the configuration"),
+        (["none.yaml"], 2, "none.yaml: cannot be read"),
         (["plain.yaml"], 2, "plain.yaml: found no section of a stage, expected one of sft, "),
         (["some.yaml", "--env", "NOT_SET_ANYWHERE"], 2, "--env: NOT_SET_ANYWHERE not set in this environment"),
         (["some.yaml", "--env", "A-B"], 2, "--env: found 'A-B', expected the name"),
