@@ -6,15 +6,17 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 
-.PHONY: demo test lint install lock clean
+.PHONY: demo test test-long lint install lock clean
 
 # The demonstration: SFT, reward model and PPO on a task made from a seed; results in runs/demo.
 demo: $(STAMP)
 	$(VENV)/bin/rlhf-ray demo
 
-# Lint and all tests; PYTEST_ARGS="-k packing" runs some.
-test: lint
-	$(VENV)/bin/pytest --numprocesses $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+# Lint and tests; PYTEST_ARGS="-k packing" runs some.
+test: SELECTED := -m "not long"
+test-long: SELECTED :=
+test test-long: lint
+	$(VENV)/bin/pytest --numprocesses $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(SELECTED) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

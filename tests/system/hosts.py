@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 
+import requests
 from ppo_runs import make_inputs
 
 from rlhf_ray.config import dump_config
@@ -103,8 +104,6 @@ def cluster(folder: Path) -> Iterator[None]:
 
 
 def await_page(url: str) -> None:
-    import requests
-
     deadline = time.monotonic() + 90
     while True:
         try:
@@ -144,12 +143,15 @@ def main(out: Path) -> None:
     from ray.util.state import list_actors, list_nodes
 
     def joined() -> int:
-        return len(list_nodes(address=DASHBOARD, filters=[("state", "=", "ALIVE")]))
+        try:
+            return len(list_nodes(address=DASHBOARD, filters=[("state", "=", "ALIVE")]))
+        except requests.RequestException:  # the dashboard still starts
+            return 0
 
     folder = Path(tempfile.mkdtemp(prefix="hosts", dir="/tmp"))
     try:
         with network(), cluster(folder):
-            deadline = time.monotonic() + 90
+            deadline = time.monotonic() + 180
             while joined() < len(ROLES):
                 assert time.monotonic() < deadline, f"{joined()} of {len(ROLES)} hosts have joined"
                 time.sleep(1)
