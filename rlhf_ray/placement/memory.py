@@ -49,15 +49,22 @@ class Estimate:
     Attributes:
         parts: what is there at the peak; a part that is freed before it has only what is left of it then.
         on_gpu: whether it is a GPU's memory, else main memory.
+        offloaded: what such a process keeps in main memory instead, bytes.
     """
 
     parts: dict[str, float]
     on_gpu: bool
+    offloaded: float = 0.0
 
     @property
     def total(self) -> float:
         """The sum of the parts, bytes."""
         return sum(self.parts.values())
+
+    @property
+    def in_main_memory(self) -> float:
+        """Bytes of the node's main memory; the libraries of a process on a GPU are not counted."""
+        return self.offloaded if self.on_gpu else self.total
 
 
 Shapes = Callable[[str], ModelShape | None]
@@ -139,7 +146,10 @@ def trainer(
         weights, gradients = p * b, p * b
     # The update makes an fp32 gradient and two temporaries of a moment's size; stage 3 goes by parts.
     update = min(share, LIVE_PARAMETERS) * 12 if stage == 3 else share * (8 if stage == 0 else 12 + b) - gradients
+    offloaded = 0.0
     if section.offload_optimizer and on_gpu:
+        # Master weights, two moments and the gradient in fp32, as DeepSpeed's own estimators count.
+        offloaded = share * 16
         states = update = 0.0
     forward = _kept(shape, section) + _logits(shape, tokens, b, backward=True, scalar=scalar)
     at_update = max(update, 0.0) > forward
@@ -153,7 +163,7 @@ def trainer(
         "buffers": (2 * BUCKET_BYTES if sends_weights else 0) + (min(p, REDUCE_BUCKET) * b if stage and on_gpu else 0),
         "process": (GPU_PROCESS_GIB if on_gpu else CPU_PROCESS_GIB) * GIB,
     }
-    return Estimate(parts, on_gpu)
+    return Estimate(parts, on_gpu, offloaded)
 
 
 def scorer(shapes: list[ModelShape], dtype: str, tokens: int, *, on_gpu: bool, scalar: bool) -> Estimate:

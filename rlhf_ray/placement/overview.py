@@ -209,21 +209,25 @@ def _processes(config: StageConfig, group: str) -> int:
 
 
 def _over_main_memory(plan: Plan, layout: Layout, nodes: list[Node], estimates: Mapping[str, Estimate]) -> list[str]:
-    """Nodes whose CPU processes do not fit, one sentence for each that differs in what it holds."""
+    """Nodes whose main memory is too small for CPU processes and offloaded states, a sentence for each such mix."""
     counts: dict[int, Counter[str]] = {}
     for seat in layout.seats:
-        if not seat.gpus:
+        if seat.group in estimates and estimates[seat.group].in_main_memory:
             counts.setdefault(seat.node, Counter())[seat.group] += 1
     found: dict[Any, str] = {}
     for index, groups in counts.items():
         node = nodes[index]
-        needed = {group: estimates[group].total * count for group, count in groups.items() if group in estimates}
+        needed = {group: estimates[group].in_main_memory * count for group, count in groups.items()}
         if node.memory_gib is None or sum(needed.values()) <= node.memory_gib * GIB:
             continue
         parts = ", ".join(f"{group} {size / GIB:.1f}" for group, size in needed.items())
+        offloads = any(estimates[group].offloaded for group in groups)
+        change = (
+            "set training.offload_optimizer=false" if offloads else "lower training.micro_batch_tokens or processes"
+        )
         found[tuple(sorted(groups.items()))] = (
             f"main memory of {node.name}: {sum(needed.values()) / GIB:.1f} GiB needed of {node.memory_gib:.1f} "
-            f"({parts}); lower training.micro_batch_tokens or processes, or use a larger node"
+            f"({parts}); {change}, or use a larger node"
         )
     return list(found.values())
 

@@ -34,7 +34,10 @@ def as_values(found: list[Overview], nodes: list[Node]) -> dict[str, Any]:
                 ],
                 "labels": one.plan.labels,
                 "processes": [asdict(seat) for seat in one.layout.seats],
-                "memory": {group: {**each.parts, "total": each.total} for group, each in one.estimates.items()},
+                "memory": {
+                    group: {**each.parts, "total": each.total, "offloaded": each.offloaded}
+                    for group, each in one.estimates.items()
+                },
                 "problems": one.problems,
                 "notes": one.notes,
             }
@@ -64,12 +67,14 @@ def _groups(one: Overview) -> Table:
     parts = [part for part in PARTS if any(each.parts.get(part) for each in one.estimates.values())]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("group", no_wrap=True)
-    for name in ("processes", "CPU each", "GPU each", "GiB each", *parts):
+    offloads = any(each.offloaded for each in one.estimates.values())
+    for name in ("processes", "CPU each", "GPU each", "GiB each", *parts, *["offloaded"] * offloads):
         table.add_column(name, justify="right", no_wrap=True)
     for group, bundles in one.plan.groups.items():
         bundle, each = one.plan.bundles[bundles[0]], one.estimates.get(group)
         sizes = ["?" if each is None else _gib(each.total)]
         sizes += ["" if each is None else _gib(each.parts.get(part, 0.0)) for part in parts]
+        sizes += ["" if each is None else _gib(each.offloaded)] * offloads
         table.add_row(group, str(len(bundles)), f"{bundle.get('CPU', 0):g}", f"{bundle.get('GPU', 0):g}", *sizes)
     return table
 

@@ -153,6 +153,18 @@ def test_main_memory_counts_for_processes_without_a_gpu():
     assert len(problems) == 1 and problems[0].startswith("main memory of tiny: ")
 
 
+def test_main_memory_counts_for_an_offloaded_optimizer():
+    two = section(zero_stage=2, offload_optimizer=True)
+    assert trainer(SHAPE, two, 2, on_gpu=True).in_main_memory == 16 * 5e6
+    assert trainer(SHAPE, section(zero_stage=2), 2, on_gpu=True).in_main_memory == 0.0
+    overrides = ["training.offload_optimizer=true", "training.zero_stage=2"]
+    config = load_config("configs/one_gpu.yaml", overrides, "ppo")
+    # Policy and critic of 0.49 billion parameters, 16 bytes each.
+    assert overview(config, [Node(name="box", cpus=64, gpus=1, gpu_memory_gib=80, memory_gib=15)]).problems == []
+    (problem,) = overview(config, [Node(name="box", cpus=64, gpus=1, gpu_memory_gib=80, memory_gib=14)]).problems
+    assert problem.startswith("main memory of box: 14.7 GiB needed of 14.0 (policy 7.4, critic 7.4); set training.offl")
+
+
 def test_from_dict_refuses_what_a_change_makes_wrong():
     values = load_config("configs/one_gpu.yaml", [], "ppo").model_dump(mode="json")
     assert from_dict(values, "ppo").policy.path == "Qwen/Qwen2.5-0.5B-Instruct"
