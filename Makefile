@@ -2,7 +2,7 @@
 
 VENV := .venv
 STAMP := $(VENV)/.installed
-# Two tests at a time: most of them wait for an engine to start, on one core.
+# Two tests at a time: while one waits for a process, another works.
 PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 

@@ -40,6 +40,9 @@ def connection(address: str | None = None) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.WARNING,
                 object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                # Actors have an environment of their own, so that none would be one of the workers (one a core) that
+                # Ray starts beforehand.
+                _system_config={"prestart_worker_first_driver": False},
             )
     except ConnectionError as error:
         raise ResourceError(

@@ -32,6 +32,7 @@ def ray_cluster() -> Iterator[None]:
         log_to_driver=False,
         logging_level=logging.WARNING,
         object_store_memory=256 * 2**20,
+        _system_config={"prestart_worker_first_driver": False},
     )
     yield
     ray.shutdown()

@@ -1,10 +1,15 @@
 """The inputs and the common configuration of the tests' PPO runs."""
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray.util.placement_group import placement_group_table
 from tiny_models import make_llama
 
 from rlhf_ray.config import PPOConfig, from_dict
@@ -66,3 +71,22 @@ def make_inputs(folder: Path) -> Inputs:
 
 def rows_of(config: PPOConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def held() -> tuple[set[str], int]:
+    """Named actors and placement groups that the cluster still holds."""
+    groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+    return {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}, len(groups)
+
+
+@contextmanager
+def nothing_left() -> Iterator[None]:
+    """The block gives back all that it takes of the cluster, soon after its end, however it ends."""
+    before = held()
+    try:
+        yield
+    finally:
+        deadline = time.monotonic() + 20
+        while held() != before:
+            assert time.monotonic() < deadline, f"held before: {before}; still held: {held()}"
+            time.sleep(0.2)

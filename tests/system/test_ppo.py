@@ -1,4 +1,4 @@
-"""PPO on the real engines: one whole run, its directory, its resumption, and bad input."""
+"""PPO on the real engines: one whole run, its directory, its resumption, and its engines coming and going."""
 
 import json
 import math
@@ -7,9 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from ppo_runs import ITERATIONS, TOLERANCE, Inputs, make_inputs, rows_of
-from ray.util.placement_group import placement_group_table
-from tiny_models import make_llama, make_tokenizer
+from ppo_runs import ITERATIONS, TOLERANCE, Inputs, make_inputs, nothing_left, rows_of
+from tiny_models import make_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ray.config import PPOConfig, dump_config, from_dict, load_config
-from rlhf_ray.errors import ConfigError, ModelError, ResourceError, RlhfError, RunStopped, StageError
+from rlhf_ray.driver import ppo
+from rlhf_ray.driver.control import ask_for_engines, wanted_engines
+from rlhf_ray.errors import RunStopped, StageError
+from rlhf_ray.rollout.pool import RolloutPool
 from rlhf_ray.stages.ppo import train_ppo
+from rlhf_ray.tracking.logs import LOGS
 from rlhf_ray.tracking.metrics import check_known
 from rlhf_ray.tracking.timeline import cut, idle_shares, iterations, read_timeline
 
@@ -44,25 +45,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 def weights_of(folder: str | Path, model_class: Any = AutoModelForCausalLM) -> dict[str, Tensor]:
     return dict(model_class.from_pretrained(folder).named_parameters())
-
-
-def held() -> tuple[set[str], int]:
-    """Named actors and placement groups that the cluster still holds."""
-    groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
-    return {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}, len(groups)
-
-
-@contextmanager
-def nothing_left() -> Iterator[None]:
-    """The block gives back all that it takes of the cluster, soon after its end, however it ends."""
-    before = held()
-    try:
-        yield
-    finally:
-        deadline = time.monotonic() + 20
-        while held() != before:
-            assert time.monotonic() < deadline, f"held before: {before}; still held: {held()}"
-            time.sleep(0.2)
 
 
 # ---- one whole run
@@ -334,81 +316,6 @@ def test_a_stopped_and_killed_run_ends_with_the_same_weights_bit_for_bit(
         assert all(torch.equal(weight, found[key]) for key, weight in expected.items())
 
 
-# ---- bad input
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A configuration that cannot run: what to change in the common one, and the error it must be."""
-
-    error: type[RlhfError]
-    message: str
-    sections: Callable[[Inputs], dict[str, dict[str, Any]]]
-
-
-BAD = {
-    "missing reward model": Bad(
-        ModelError,
-        r"/nowhere/reward",
-        lambda i: {"reward": {"models": [{"path": "/nowhere/reward"}]}, "critic": {"init": "policy"}},
-    ),
-    "missing reward model that is the critic too": Bad(
-        ModelError, r"/nowhere/reward.*does not exist", lambda i: {"reward": {"models": [{"path": "/nowhere/reward"}]}}
-    ),
-    "another vocabulary": Bad(
-        ModelError,
-        r"(?s)other_words.*same tokenizer",
-        lambda i: {"critic": {"init": other_vocabulary(i)}},
-    ),
-    "a short context": Bad(
-        ConfigError,
-        r"data.max_tokens \+ rollout.max_new_tokens: sequences of up to 300 tokens, .* is 256; lower it",
-        lambda i: {"data": {"max_tokens": 288}},
-    ),
-    "too few CPUs": Bad(
-        ResourceError,
-        r"CPU: the run needs 21\.5 \(.*\) and the cluster has 8; lower",
-        lambda i: {"policy": {"cpus": 20.0}},
-    ),
-    "too few GPUs": Bad(
-        ResourceError,
-        r"GPU: the run needs 1 \(policy 1 x 1\) and the cluster has 0",
-        lambda i: {"policy": {"gpus": 1.0}},
-    ),
-}
-
-
-def other_vocabulary(inputs: Inputs) -> str:
-    folder = inputs.folder / "other_words"
-    make_llama(folder, scalar=True)
-    make_tokenizer(texts=["an altogether different corpus", "makes other merges"]).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_error_and_nothing_is_left(ray_cluster: None, inputs: Inputs, name: str):
-    bad = BAD[name]
-    config = inputs.config(name.replace(" ", "_"), **bad.sections(inputs))
-    with nothing_left(), pytest.raises(bad.error, match=bad.message) as raised:
-        train_ppo(config)
-    assert "Traceback" not in str(raised.value)
-    assert len(str(raised.value).splitlines()) <= 3
-    folder = Path(config.run.dir)
-    assert not (folder / "model").exists()
-    assert not (folder / "summary.json").exists()
-    assert not any((folder / "checkpoints").glob("*"))
-    assert not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text()
-
-
-def test_a_run_that_never_started_leaves_its_directory_to_the_mended_configuration(inputs: Inputs):
-    missing = inputs.config("mended", reward={"models": [{"path": "/nowhere/reward"}]})
-    with pytest.raises(ModelError):
-        train_ppo(missing)
-    # Mended, but for a second mistake that is found before any process starts.
-    with pytest.raises(ConfigError, match="context"):
-        train_ppo(inputs.config("mended", data={"max_tokens": 288}))
-
-
 def test_a_run_directory_of_another_run_is_refused_and_left_alone(whole_run: PPOConfig, inputs: Inputs):
     folder = Path(whole_run.run.dir)
     (folder / "summary.json").rename(folder / "summary.aside")
@@ -421,3 +328,92 @@ def test_a_run_directory_of_another_run_is_refused_and_left_alone(whole_run: PPO
     finally:
         (folder / "summary.aside").rename(folder / "summary.json")
     assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+# ---- engines that join, leave and die
+
+# What is asked for before each iteration; in the second, one engine is killed while it samples.
+SIZES = [1, 3, 3, 2]
+KILLED_IN = 1
+CHANGING = (*CLOCK, "rollout/engines")
+
+
+@pytest.fixture(scope="module")
+def elastic(ray_cluster: None, inputs: Inputs) -> PPOConfig:
+    """The whole run, scaled before each iteration; newcomers are waited for, so that no clock decides the outcome."""
+    config = main_config(inputs, "elastic")
+    sizes = iter(SIZES)
+    sample = RolloutPool.generate
+    calls = 0
+
+    def ask(run_dir: Path) -> int | None:
+        ask_for_engines(run_dir, next(sizes))
+        return wanted_engines(run_dir)
+
+    def wait(pool: RolloutPool) -> bool:
+        starting = [up for _, up in pool._joining.values()]
+        return bool(starting) and bool(ray.wait(starting, num_returns=len(starting), timeout=240)[0])
+
+    def generate(pool: RolloutPool, requests: Any) -> Iterator[Any]:
+        nonlocal calls
+        stream = sample(pool, requests)
+        first = next(stream)
+        if calls == KILLED_IN:
+            ray.kill(pool._serving[1])
+        calls += 1
+        yield first
+        yield from stream
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "wanted_engines", ask)
+        patch.setattr(RolloutPool, "newcomers_ready", wait)
+        patch.setattr(RolloutPool, "generate", generate)
+        train_ppo(config)
+    return config
+
+
+def test_engines_join_leave_and_are_replaced(elastic: PPOConfig):
+    assert [row["rollout/engines"] for row in rows_of(elastic)] == [1, 2, 3, 2]
+
+
+def test_nothing_is_lost_or_repeated_and_every_number_is_that_of_one_engine(whole_run: PPOConfig, elastic: PPOConfig):
+    for expected, found in zip(rows_of(whole_run), rows_of(elastic), strict=True):
+        for row in (expected, found):
+            for key in [key for key in row if key.startswith(CHANGING)]:
+                del row[key]
+        assert found == expected
+    for step in range(ITERATIONS):
+        name = f"samples/step_{step:06d}.parquet"
+        tables = [pq.read_table(Path(config.run.dir) / name) for config in (whole_run, elastic)]
+        assert tables[0].equals(tables[1])
+
+
+def test_no_process_of_an_engine_outlives_it(elastic: PPOConfig):
+    """vLLM's own processes would go on where their actor was killed, and hold its memory."""
+    logs = str(Path(elastic.run.dir) / "logs")
+    deadline = time.monotonic() + 20
+    while left := processes_of(logs):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+
+
+def processes_of(logs: str) -> list[str]:
+    """Names of the living processes that log into the run's folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(LOGS) == logs and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def test_only_a_running_ppo_run_is_scaled(elastic: PPOConfig, tmp_path: Path):
+    with pytest.raises(StageError, match="no process works on the run in"):
+        ask_for_engines(Path(elastic.run.dir), 2)
+    with pytest.raises(StageError, match="holds no run; name the directory of a running PPO run"):
+        ask_for_engines(tmp_path, 2)
+    (tmp_path / "config.yaml").write_text("run:\n  dir: x\nsft: {}\n")
+    with pytest.raises(StageError, match="only PPO has engines"):
+        ask_for_engines(tmp_path, 2)

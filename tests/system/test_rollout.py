@@ -170,12 +170,6 @@ def partitioned(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> 
         yield world
 
 
-def use_small_buckets(actor: Any) -> None:
-    from rlhf_ray.rollout import gloo_transfer
-
-    gloo_transfer.GlooTrainerInitInfo = functools.partial(gloo_transfer.GlooTrainerInitInfo, bucket_bytes=SMALL_BUCKET)
-
-
 def refusal_of(pool: RolloutPool) -> Exception | None:
     try:
         list(pool.generate(requests_of(2)))
