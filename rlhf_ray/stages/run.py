@@ -24,6 +24,13 @@ from rlhf_ray.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 
+# Keys of any section that say where a run is computed and in which pieces, and nothing about its numbers.
+WHERE_AND_HOW = (
+    *("processes", "engines", "min_engines", "cpus", "gpus", "tensor_parallel"),
+    *("zero_stage", "offload_optimizer", "gradient_checkpointing", "micro_batch_tokens"),
+    *("max_concurrency", "kv_cache_gib", "gpu_memory_utilization", "enforce_eager"),
+)
+
 # Ctrl-C sooner than this after a request to stop is the same request once more.
 REPEATED_SIGNAL_S = 1.0
 
@@ -149,13 +156,14 @@ def is_finished(run_dir: str | Path) -> bool:
 def identity(config: StageConfig, stage: str) -> dict[str, Any]:
     """What must stay the same for a run to be continued, by dotted key: everything that enters its numbers.
 
-    Processes and their resources are left out: trainers check by themselves what their checkpoints depend on.
+    Left out is what decides where and in which pieces they are computed, so that a run continues on other machines,
+    or with less memory: it changes the order of sums alone.
     """
     values = config.model_dump(mode="json", exclude={"tracking", "group", "placement"})
     values["run"] = {"seed": config.run.seed}
     for section in values.values():
         if isinstance(section, dict):
-            for key in ("processes", "engines", "min_engines", "cpus", "gpus"):
+            for key in WHERE_AND_HOW:
                 section.pop(key, None)
     return {"stage": stage} | {
         f"{name}.{key}": value for name, section in values.items() for key, value in section.items()

@@ -21,10 +21,11 @@ from rlhf_ray.config.sections import TrainingSection
 from rlhf_ray.errors import CheckpointError, EngineError
 from rlhf_ray.packing import PackedBatch
 from rlhf_ray.training.deepspeed_config import clips_itself, deepspeed_config, lr_multiplier
+from rlhf_ray.training.state import Partition, load_state, partition_of, save_state
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = "layout.json"
+COMMON = "trainer.json"
 
 
 class Objective(Protocol):
@@ -234,54 +235,55 @@ class Trainer:
                 weights[name] = tensor.cpu().clone()
         return weights
 
-    def _layout(self) -> dict[str, Any]:
-        """What a checkpoint and the trainer that reads it must have in common."""
-        section = self.spec.section
-        return {
-            "processes": self.world_size,
-            "training.zero_stage": section.zero_stage,
-            "training.dtype": section.dtype,
-            "parameters": {name: list(shape) for name, shape, _ in self.parameter_shapes()},
-        }
-
     def save(self, folder: str) -> None:
         """Write weights, optimizer, schedule and this rank's random state into `folder`. Collective."""
-        self.engine.save_checkpoint(folder, tag="deepspeed", save_latest=False)
+        save_state(self._partition(), Path(folder), self.rank)
         if self.rank == 0:
-            (Path(folder) / LAYOUT).write_text(json.dumps(self._layout()))
+            common = {
+                "parameters": self._shapes(),
+                "schedule": self.engine.lr_scheduler.state_dict(),
+                "steps": self.engine.global_steps,
+            }
+            (Path(folder) / COMMON).write_text(json.dumps(common))
         state: dict[str, Any] = {"torch": torch.get_rng_state()}
         if self.spec.gpu:
             state["cuda"] = torch.cuda.get_rng_state()
-        torch.save(state, Path(folder) / f"random_{self.rank}.pt")
+        torch.save(state, _random_file(folder, self.rank))
 
     def load(self, folder: str) -> None:
-        """Continue from what `save` wrote. Collective.
+        """Continue from what `save` wrote, with whatever number of ranks, ZeRO stage and precision. Collective.
+
+        The next step is bit for bit that of the trainer that wrote it where all three are the same; otherwise it is the
+        same but for the order of sums. Ranks that it did not have draw dropout masks of their own.
 
         Raises:
-            CheckpointError: it holds another architecture, or was written by another number of ranks, at another ZeRO
-                stage or in another precision.
+            CheckpointError: it holds another architecture, or not all of it.
         """
-        self._check_layout(Path(folder))
-        path, _ = self.engine.load_checkpoint(folder, tag="deepspeed")
-        if path is None:
-            raise CheckpointError(f"{self.spec.name}: no trainer state in the checkpoint {folder}")
-        state = torch.load(Path(folder) / f"random_{self.rank}.pt", weights_only=True)
-        torch.set_rng_state(state["torch"])
-        if self.spec.gpu:
-            torch.cuda.set_rng_state(state["cuda"])
+        common = self._read_common(Path(folder))
+        load_state(self._partition(), Path(folder))
+        scheduler = self.engine.lr_scheduler
+        scheduler.load_state_dict(common["schedule"])
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self.engine.global_steps = common["steps"]
+        if _random_file(folder, self.rank).is_file():
+            state = torch.load(_random_file(folder, self.rank), weights_only=True)
+            torch.set_rng_state(state["torch"])
+            if self.spec.gpu:
+                torch.cuda.set_rng_state(state["cuda"])
 
-    def _check_layout(self, folder: Path) -> None:
-        """Refuse a checkpoint that does not fit, before DeepSpeed reads a part of it."""
-        if not (folder / LAYOUT).is_file():
+    def _partition(self) -> Partition:
+        return partition_of(self.engine, {id(p): name for name, p in self.model.transformers_parameters()})
+
+    def _shapes(self) -> dict[str, list[int]]:
+        return {name: list(shape) for name, shape, _ in self.parameter_shapes()}
+
+    def _read_common(self, folder: Path) -> dict[str, Any]:
+        """What all ranks share; refuses a checkpoint that does not fit before any of it is taken over."""
+        if not (folder / COMMON).is_file():
             raise CheckpointError(f"{self.spec.name}: no trainer state in the checkpoint {folder}")
-        saved, own = json.loads((folder / LAYOUT).read_text()), self._layout()
-        there, here = saved.pop("parameters"), own.pop("parameters")
-        for key, value in own.items():
-            if saved[key] != value:
-                raise CheckpointError(
-                    f"{self.spec.name}: the checkpoint {folder} was written with {key} {saved[key]}, this run has "
-                    f"{value}: set it back to {saved[key]}, or use another run.dir"
-                )
+        common = json.loads((folder / COMMON).read_text())
+        there, here = common["parameters"], self._shapes()
         different = [name for name in {**here, **there} if here.get(name) != there.get(name)]
         if different:
             name = different[0]
@@ -290,6 +292,11 @@ class Trainer:
                 f"parameters differ, such as {name}, of shape {there.get(name)} there and {here.get(name)} here. "
                 "Resume with the model it was written for, or use another run.dir"
             )
+        return common
+
+
+def _random_file(folder: str, rank: int) -> Path:
+    return Path(folder) / f"random_{rank:05d}.pt"
 
 
 def _load(spec: TrainerSpec, config: dict[str, Any]) -> nn.Module:

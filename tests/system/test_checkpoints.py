@@ -1,10 +1,15 @@
 """Trainer checkpoints and exported model folders, written and read by real DeepSpeed ranks."""
 
+import itertools
+import json
+import math
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ray.driver.checkpoint import CheckpointStore
@@ -13,6 +18,7 @@ from rlhf_ray.models.reading import SequenceScores, TokenLogprobs
 from rlhf_ray.models.saving import ModelCard, is_complete
 from rlhf_ray.packing import Sequence
 from rlhf_ray.training.objectives import LanguageModeling, PreferenceReward
+from rlhf_ray.training.state import MOMENTS, Fragment, SavedState
 
 pytestmark = pytest.mark.system
 
@@ -98,23 +104,85 @@ def refused(ranks, spec, num_ranks: int, folder: Path) -> str:
     return str(error.value)
 
 
-def test_checkpoint_of_another_number_of_ranks_is_refused(ranks, make_spec, saved):
-    assert refused(ranks, make_spec(), 1, saved) == (
-        f"test: the checkpoint {saved} was written with processes 2, this run has 1: "
-        "set it back to 2, or use another run.dir"
-    )
+SCHEDULE = {"schedule": "cosine", "warmup_steps": 1, "total_steps": 5}
+
+
+def state_in(folder: Path) -> dict[tuple[str, str], Tensor]:
+    """Everything that a checkpoint holds, by part and parameter, whole."""
+    shapes = json.loads((folder / "trainer.json").read_text())["parameters"]
+    state = {}
+    with ExitStack() as stack:
+        saved = SavedState(folder, stack)
+        for part, (name, shape) in itertools.product(("master", *MOMENTS), shapes.items()):
+            state[part, name] = torch.full((math.prod(shape),), torch.nan)
+            saved.read(part, Fragment(name, 0, 0, 0, math.prod(shape)), state[part, name])
+    return state
+
+
+@pytest.fixture(
+    scope="module", params=[(1, 0), (2, 1), (4, 3)], ids=["1-rank-zero-0", "2-ranks-zero-1", "4-ranks-zero-3"]
+)
+def written(ranks, make_spec, tmp_path_factory, request) -> tuple[Path, list[dict[str, Tensor]], list[float]]:
+    """A checkpoint after two steps; the weights then and two steps later; the learning rates of those."""
+    num_ranks, zero_stage = request.param
+    folder = tmp_path_factory.mktemp("written")
+    group = ranks(num_ranks).build(make_spec(zero_stage=zero_stage, **SCHEDULE))
+    for seed in (0, 1):
+        step(group, "causal", seed)
+    group.save(str(folder)).result()
+    weights = [ranks(num_ranks).weights()]
+    rates = [step(group, "causal", seed)["learning_rate"] for seed in (2, 3)]
+    return folder, [*weights, ranks(num_ranks).weights()], rates
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("num_ranks", "options"),
     [
-        ({"zero_stage": 3}, "was written with training.zero_stage 1, this run has 3: set it back to 1"),
-        ({"dtype": "bf16"}, "was written with training.dtype fp32, this run has bf16: set it back to fp32"),
+        (1, {"zero_stage": 1}),
+        (2, {"zero_stage": 2, "offload_optimizer": True}),
+        (4, {"zero_stage": 0}),
+        (2, {"zero_stage": 3}),
+        (2, {"zero_stage": 0, "dtype": "bf16"}),
     ],
-    ids=["stage", "dtype"],
+    ids=lambda value: str(value) if isinstance(value, int) else "-".join(map(str, value.values())),
 )
-def test_checkpoint_of_another_layout_is_refused(ranks, make_spec, saved, options, message):
-    assert message in refused(ranks, make_spec(**options), 2, saved)
+def test_checkpoint_continues_at_other_numbers_of_ranks_and_stages(
+    ranks, make_spec, written, tmp_path, num_ranks, options
+):
+    folder, (before, after), rates = written
+    group = ranks(num_ranks).build(make_spec(**options, **SCHEDULE))
+    group.load(str(folder)).result()
+    for name, weight in ranks(num_ranks).weights().items():
+        assert torch.equal(weight, before[name].to(weight.dtype)), name
+
+    group.save(str(tmp_path)).result()
+    expected, found = state_in(folder), state_in(tmp_path)
+    assert expected.keys() == found.keys()
+    assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
+
+    assert [step(group, "causal", seed)["learning_rate"] for seed in (2, 3)] == rates
+    tolerance = 2e-2 if options.get("dtype") == "bf16" else 1e-5
+    for name, weight in ranks(num_ranks).weights().items():
+        torch.testing.assert_close(weight.float(), after[name], rtol=tolerance, atol=tolerance)
+
+
+def test_checkpoint_from_before_the_first_step(ranks, make_spec, tmp_path):
+    """A policy's while its critic warms up: there are no moments yet."""
+    ranks(2).build(make_spec(zero_stage=1)).save(str(tmp_path)).result()
+    untouched = ranks(1).build(make_spec(zero_stage=0))
+    expected = step(untouched, "causal", 0)
+    group = ranks(1).build(make_spec(zero_stage=0))
+    group.load(str(tmp_path)).result()
+    assert step(group, "causal", 0) == expected
+
+
+def test_a_part_that_is_missing_is_seen(ranks, make_spec, saved, tmp_path):
+    """The file of one rank, which the manifest of the whole checkpoint would miss as well."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "state_00001.safetensors").unlink()
+    group = ranks(1).build(make_spec())
+    with pytest.raises(CheckpointError, match=r"elements of .* are in no file of the checkpoint"):
+        group.load(str(tmp_path)).result()
 
 
 def test_checkpoint_of_another_architecture_is_refused(ranks, make_spec, models, saved):
@@ -136,7 +204,7 @@ def test_damage_to_a_real_checkpoint_is_seen(saved, tmp_path):
     store = CheckpointStore(tmp_path, keep=3)
     for number in (1, 2):
         store.write(number, {"number": number}, lambda folder: shutil.copytree(saved, folder / "trainer"))
-    optimizer = next((tmp_path / "step_000002").rglob("*optim_states.pt"))
+    optimizer = next((tmp_path / "step_000002").rglob("state_*.safetensors"))
     content = bytearray(optimizer.read_bytes())
     content[len(content) // 2] ^= 1
     optimizer.write_bytes(content)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_ray.config import dump_config, from_dict, load_config
+from rlhf_ray.config import dump_config, from_dict
 from rlhf_ray.errors import ConfigError, DataError, ModelError, ResourceError, RlhfError, StageError
 from rlhf_ray.stages.dpo import train_dpo
 from rlhf_ray.stages.reward_model import train_reward_model
@@ -111,15 +111,15 @@ def test_finished_run_is_left_as_it_is(sft_run, models, data):
     assert times() == before
 
 
-def test_run_stopped_by_ctrl_c_continues_to_the_same_end(sft_run, models, data, tmp_path):
-    """Ctrl-C, which a terminal sends to Ray's processes too, after the second step; the end is that of `sft_run`."""
-    run_dir = tmp_path / "run"
-    values = sft_values(models["causal"], data["demonstrations"], run_dir)
-    file = tmp_path / "config.yaml"
-    file.write_text(dump_config(from_dict(values, "sft")))
-    command = [sys.executable, "-m", "rlhf_ray", "sft", str(file)]
+@pytest.fixture(scope="module")
+def stopped_run(models, data, tmp_path_factory) -> tuple[Path, int]:
+    """The directory of a run that Ctrl-C, which a terminal sends to Ray's processes too, stopped; the steps it took."""
+    folder = tmp_path_factory.mktemp("stopped")
+    run_dir = folder / "run"
+    file = folder / "config.yaml"
+    file.write_text(dump_config(from_dict(sft_values(models["causal"], data["demonstrations"], run_dir), "sft")))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-
+    command = [sys.executable, "-m", "rlhf_ray", "sft", str(file)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     deadline = time.monotonic() + 120
     metrics = run_dir / "metrics.jsonl"
@@ -129,18 +129,46 @@ def test_run_stopped_by_ctrl_c_continues_to_the_same_end(sft_run, models, data, 
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 143, errors
-    stopped_after = len(metrics_of(run_dir))
-    assert 2 <= stopped_after < 60
-    assert f"stopped by a signal after step {stopped_after} of 60" in errors
-    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step_{stopped_after:06d}"]
+    steps = len(metrics_of(run_dir))
+    assert 2 <= steps < 60
+    assert f"stopped by a signal after step {steps} of 60" in errors
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step_{steps:06d}"]
     assert not (run_dir / "model").exists() and not (run_dir / "summary.json").exists()
+    return run_dir, steps
 
-    train_sft(load_config(file, [], "sft"))
+
+def continued(stopped: Path, run_dir: Path, model: str, path: str, **changes: dict[str, Any]) -> None:
+    shutil.copytree(stopped, run_dir)
+    values = sft_values(model, path, run_dir)
+    for section, keys in changes.items():
+        values[section] = values.get(section, {}) | keys
+    train_sft(from_dict(values, "sft"))
+
+
+def test_run_stopped_by_ctrl_c_continues_to_the_same_end(ray_cluster, stopped_run, sft_run, models, data, tmp_path):
+    run_dir = tmp_path / "run"
+    continued(stopped_run[0], run_dir, models["causal"], data["demonstrations"])
     assert metrics_of(run_dir) == metrics_of(sft_run)
     weights = load_file(run_dir / "model" / "model.safetensors")
     expected = load_file(sft_run / "model" / "model.safetensors")
     assert weights.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(weights[name], expected[name])] == []
+
+
+def test_run_continues_on_another_number_of_processes(ray_cluster, stopped_run, sft_run, models, data, tmp_path):
+    """And at another ZeRO stage, in other micro-batches: the next steps are the same but for rounding."""
+    run_dir = tmp_path / "run"
+    changes = {"group": {"processes": 2, "cpus": 0.5}, "training": {"zero_stage": 3, "micro_batch_tokens": 16}}
+    continued(stopped_run[0], run_dir, models["causal"], data["demonstrations"], **changes)
+    steps = stopped_run[1]
+    found, expected = metrics_of(run_dir), metrics_of(sft_run)
+    assert [row["step"] for row in found] == list(range(60))
+    assert found[:steps] == expected[:steps]
+    for one, other in zip(found[steps : steps + 3], expected[steps : steps + 3], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert one["learning_rate"] == other["learning_rate"]
+        assert one["epoch"] == other["epoch"]
+    assert found[-1]["eval/loss"] == pytest.approx(ENTROPY, abs=0.02)
 
 
 def test_reward_model_separates_pairs_and_its_evaluation_is_kept(ray_cluster, models, data, tmp_path):
