@@ -1,6 +1,7 @@
 """The trainer's end of a weight transfer: a source over DeepSpeed's parameters, and the calls to the engines."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import ray
@@ -10,6 +11,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from rlhf_ray.rollout import gloo_transfer
+from rlhf_ray.runtime.ports import held_port
 from rlhf_ray.runtime.remote import get
 from rlhf_ray.training.trainer import Trainer
 
@@ -81,17 +83,17 @@ class WeightSender:
         world_size = 1 + len(engines) * workers_per_engine
         host = ray.util.get_node_ip_address()
         info: Any
-        if gpu:
-            from vllm.utils.network_utils import get_open_port
-
-            info = NCCLTrainerInitInfo(host, get_open_port(), world_size, rank=trainer.rank)
-        else:
-            info = gloo_transfer.GlooTrainerInitInfo(host, world_size, timeout_s, rank=trainer.rank)
-        self._engine = WeightTransferTrainerFactory.trainer_init(
-            info,
-            client=EngineClient(engines, workers_per_engine, timeout_s),
-            source=TrainerSource(trainer, dtype),
-        )
+        with ExitStack() as stack:
+            if gpu:
+                port = stack.enter_context(held_port(host))
+                info = NCCLTrainerInitInfo(host, port, world_size, rank=trainer.rank)
+            else:
+                info = gloo_transfer.GlooTrainerInitInfo(host, world_size, timeout_s, rank=trainer.rank)
+            self._engine = WeightTransferTrainerFactory.trainer_init(
+                info,
+                client=EngineClient(engines, workers_per_engine, timeout_s),
+                source=TrainerSource(trainer, dtype),
+            )
 
     def send(self) -> None:
         """Send every parameter to every engine."""
