@@ -44,7 +44,7 @@ def running_groups(config: PPOConfig, tokenizer: Any, tokenizer_folder: str, log
     with ExitStack() as stack:
         stack.enter_context(connection(config.run.ray_address))
         placement = stack.enter_context(reserve(make_plan(config), logs))
-        rollout = RolloutPool(engine_spec(config, tokenizer), placement, config.run.timeout_s)
+        rollout = RolloutPool(engine_spec(config, (tokenizer.eos_token_id,)), placement, config.run.timeout_s)
         stack.callback(rollout.stop)
         policy = _trainer(config, placement, "policy")
         stack.callback(policy.stop)
@@ -93,7 +93,7 @@ def _trainer(config: PPOConfig, placement: Placement, name: str) -> TrainerGroup
     return TrainerGroup(spec, placement, name, config.run.timeout_s)
 
 
-def engine_spec(config: PPOConfig, tokenizer: Any) -> EngineSpec:
+def engine_spec(config: PPOConfig, eos_token_ids: tuple[int, ...]) -> EngineSpec:
     """What the rollout engines are started with."""
     rollout = config.rollout
     gpu = rollout.gpus > 0
@@ -101,7 +101,7 @@ def engine_spec(config: PPOConfig, tokenizer: Any) -> EngineSpec:
         model=on_disk(config.policy.path),
         dtype=ENGINE_DTYPES[rollout.dtype],
         max_model_len=config.data.max_tokens + rollout.max_new_tokens,
-        eos_token_ids=(tokenizer.eos_token_id,),
+        eos_token_ids=eos_token_ids,
         tensor_parallel=rollout.tensor_parallel,
         max_concurrency=rollout.max_concurrency,
         enforce_eager=rollout.enforce_eager,

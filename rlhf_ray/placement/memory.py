@@ -160,10 +160,21 @@ def trainer(
         "update": max(update, 0.0) if at_update else 0.0,
         "activations": 0.0 if at_update else _kept(shape, section),
         "logits": 0.0 if at_update else _logits(shape, tokens, b, backward=True, scalar=scalar),
-        "buffers": (2 * BUCKET_BYTES if sends_weights else 0) + (min(p, REDUCE_BUCKET) * b if stage and on_gpu else 0),
+        "buffers": _buckets(p, stage, on_gpu=on_gpu) * b + (2 * BUCKET_BYTES if sends_weights else 0),
         "process": (GPU_PROCESS_GIB if on_gpu else CPU_PROCESS_GIB) * GIB,
     }
     return Estimate(parts, on_gpu, offloaded)
+
+
+def _buckets(parameters: float, stage: int, *, on_gpu: bool) -> float:
+    """Elements of the buckets in which DeepSpeed reduces gradients.
+
+    They are made whole, two of them where communication overlaps (stage 2 on a GPU). On a CPU only what is written to
+    takes memory: all gradients in stage 3, which keeps its bucket; stages 1 and 2 give theirs back at once.
+    """
+    if on_gpu:
+        return (0.0, 1.0, 2.0, 1.0)[stage] * REDUCE_BUCKET
+    return min(parameters, REDUCE_BUCKET) if stage == 3 else 0.0
 
 
 def scorer(shapes: list[ModelShape], dtype: str, tokens: int, *, on_gpu: bool, scalar: bool) -> Estimate:

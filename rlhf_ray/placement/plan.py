@@ -1,12 +1,12 @@
 """What a run asks of the cluster, and whether it fits: a pure function of the configuration."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rlhf_ray.config.pipeline import StageConfig
 from rlhf_ray.config.ppo import PPOConfig
-from rlhf_ray.config.sections import ProcessesSection
+from rlhf_ray.config.sections import PlacementSection, ProcessesSection
 
 # Ray's names of the two resources, with the configuration key of a process's share of each.
 RESOURCE_KEYS = {"CPU": "cpus", "GPU": "gpus"}
@@ -98,15 +98,19 @@ def _demand(name: str, section: ProcessesSection) -> GroupDemand:
 
 
 def make_plan(config: StageConfig) -> Plan:
-    """The plan of a stage: one bundle per process, groups one after the other."""
+    """The plan of a stage."""
+    return plan_of(demands(config), config.placement)
+
+
+def plan_of(asked: Sequence[GroupDemand], placement: PlacementSection) -> Plan:
+    """One bundle per process, groups one after the other."""
     bundles: list[dict[str, float]] = []
     groups: dict[str, list[int]] = {}
-    for demand in demands(config):
+    for demand in asked:
         resources = {"CPU": demand.cpus, "GPU": demand.gpus}
         bundle = {name: amount for name, amount in resources.items() if amount}
         groups[demand.name] = list(range(len(bundles), len(bundles) + demand.processes))
         bundles += [dict(bundle) for _ in range(demand.processes)]
-    placement = config.placement
     return Plan(bundles, groups, placement.labels, tuple(placement.spread), placement.timeout_s, placement.autoscaling)
 
 

@@ -32,8 +32,9 @@ class EngineSpec:
         model: transformers folder or hub name; its weights come with the first transfer.
         dtype: "float32" or "bfloat16".
         max_model_len: prompt and response tokens together.
-        eos_token_ids: tokens that end a response.
+        eos_token_ids: tokens that end a response; without any it ends at its limit alone.
         backend: weight-transfer backend, "gloo" or "nccl".
+        statistics: whether to keep `EngineStatistics`.
     """
 
     model: str
@@ -48,6 +49,7 @@ class EngineSpec:
     kv_cache_gib: float | None
     trust_remote_code: bool
     backend: str
+    statistics: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,11 @@ class RolloutEngine:
         self._version: int | None = None
         self._coming: int | None = None
         self._transfer = ExitStack()  # the span of a transfer under way
-        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**_engine_args(spec)))
+        from rlhf_ray.rollout.statistics import StatisticsLogger
+
+        self._statistics = StatisticsLogger()
+        args = AsyncEngineArgs(**engine_args(spec))
+        self._engine = AsyncLLM.from_engine_args(args, stat_loggers=[lambda *_: self._statistics])
 
     async def ready(self) -> bool:
         """Answers once the engine is up."""
@@ -114,6 +120,7 @@ class RolloutEngine:
             max_tokens=min(request.max_new_tokens, self._spec.max_model_len - len(request.prompt_ids)),
             seed=request.seed,
             stop_token_ids=list(self._spec.eos_token_ids),
+            ignore_eos=not self._spec.eos_token_ids,
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
@@ -124,7 +131,7 @@ class RolloutEngine:
         token_ids = list(completion.token_ids)
         flat = completion.logprobs
         logprobs = [flat.logprobs[start] for start in flat.start_indices]
-        spans = [VersionSpan(int(s.version), s.start, s.end) for s in completion.weight_versions]
+        spans = [VersionSpan(_number(s.version), s.start, s.end) for s in completion.weight_versions]
         return Trajectory(
             uid=request.uid,
             sample=request.sample,
@@ -189,9 +196,18 @@ class RolloutEngine:
         self._version = self._coming
         activity().hold_version(self._coming or 0)
 
+    async def statistics(self) -> dict[str, Any]:
+        """`EngineStatistics` since the last call."""
+        return self._statistics.take()
+
     async def close(self) -> None:
         """Stop vLLM's own processes."""
         self._engine.shutdown()
+
+
+def _number(version: str) -> int:
+    """A version as `finish_weight_update` named it; vLLM's own name is that of the weights it made up at the start."""
+    return 0 if version == "default" else int(version)
 
 
 def cpu_options(max_model_len: int) -> dict[str, Any]:
@@ -203,7 +219,8 @@ def cpu_options(max_model_len: int) -> dict[str, Any]:
     return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, CPU_STEP_TOKENS)}
 
 
-def _engine_args(spec: EngineSpec) -> dict[str, Any]:
+def engine_args(spec: EngineSpec) -> dict[str, Any]:
+    """What vLLM is started with."""
     args: dict[str, Any] = {
         "model": spec.model,
         "skip_tokenizer_init": True,
@@ -219,7 +236,7 @@ def _engine_args(spec: EngineSpec) -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",
         "weight_transfer_config": {"backend": spec.backend},
         "worker_extension_cls": "rlhf_ray.rollout.worker_extension.WorkerExtension",
-        "disable_log_stats": True,
+        "disable_log_stats": not spec.statistics,
     }
     if spec.gpu:
         args["gpu_memory_utilization"] = spec.gpu_memory_utilization

@@ -144,6 +144,15 @@ class RolloutPool:
             "rollout/probe_difference": worst,
         }
 
+    def serve_random_weights(self) -> None:
+        """Serve the weights that vLLM made up at the start, for measurements without a trainer."""
+        self._on_all("announce", 0)
+        self._on_all("commit")
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """`EngineStatistics` of each engine since the last call."""
+        return self._on_all("statistics")
+
     def _on_all(self, method: str, *args: Any) -> list[Any]:
         refs = [getattr(engine, method).remote(*args) for engine in self.engines]
         return get(refs, f"rollout engines: {method}", self._timeout_s)

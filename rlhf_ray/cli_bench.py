@@ -1,0 +1,142 @@
+"""`rlhf-ray bench`: measurements on the machines that a run would use."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlhf_ray.errors import ConfigError
+
+app = typer.Typer()
+bench = typer.Typer(no_args_is_help=True)
+app.add_typer(bench, name="bench", help="Measure how fast this system works here.")
+
+# A small model with random weights, where no configuration names one: 5.4 million parameters.
+BUILT_IN_MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 688,
+    "vocab_size": 4096,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+
+
+@bench.command()
+def rollout(
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[CONFIG.yaml]", help="A PPO configuration; without one, a small Llama.", show_default=False
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="section.key=value", help="Changes to it.", show_default=False)
+    ] = None,
+    engines: Annotated[str, typer.Option(help="Numbers of engines, such as 1,2,4.")] = "1",
+    tensor_parallel: Annotated[str, typer.Option(help="GPUs of each engine, such as 1,2.")] = "1",
+    concurrency: Annotated[str, typer.Option(help="Responses that an engine samples at a time.")] = "16,64",
+    prompt: Annotated[list[str], typer.Option(help="Prompt lengths, as response lengths; may be repeated.")] = ["32"],  # noqa: B006
+    response: Annotated[
+        list[str],
+        typer.Option(help="Tokens (128), lognormal:MEDIAN:SIGMA:LARGEST or replay:RUN; may be repeated."),
+    ] = ["128"],  # noqa: B006
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of one measurement.")] = 64,
+    samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each combination.")] = 3,
+    recommend: Annotated[
+        str | None, typer.Option(help="Name the best: `throughput`, or `p95=SECONDS` for the most at that latency.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Sample with every combination of engines, concurrency and lengths, beside vLLM alone in the same run.
+
+    Weights are random: the folder that `policy.path` names needs a config.json alone.
+    """
+    import tempfile
+
+    from rich.console import Console
+
+    from rlhf_ray.bench import report
+    from rlhf_ray.bench.rollout import Sweep, bench_rollout
+    from rlhf_ray.bench.workload import parse_lengths
+
+    sweep = Sweep(
+        engines=_numbers(engines, "--engines"),
+        tensor_parallel=_numbers(tensor_parallel, "--tensor-parallel"),
+        concurrency=_numbers(concurrency, "--concurrency"),
+        prompts=[parse_lengths(text, "--prompt") for text in prompt],
+        responses=[parse_lengths(text, "--response") for text in response],
+        num_prompts=prompts,
+        samples=samples,
+        repeats=repeats,
+    )
+    if recommend is not None:
+        report.parse_goal(recommend)
+    with tempfile.TemporaryDirectory(prefix="rlhf-ray-bench-") as folder:
+        loaded = _config(config, overrides or [], Path(folder), max(sweep.engines))
+        console = Console(highlight=False)
+        rows: list[dict[str, Any]] = []
+        with report.measured_cluster(loaded.run.ray_address) as nodes:
+            found = report.circumstances(nodes)
+            for row in bench_rollout(loaded, sweep):
+                rows.append(row)
+                rate, share = row["generated_tokens_per_s"]["median"], row["share_of_bare"]["median"]
+                typer.echo(
+                    f"{row['engines']} engines, {row['max_concurrency']} at once, prompt {row['prompt_tokens']}, "
+                    f"response {row['response_tokens']}: {rate:.0f} tokens/s, {share:.2f} of bare vLLM",
+                    err=True,
+                )
+        (console if console.is_terminal else Console(highlight=False, width=200)).print(
+            report.table(rows, "GPU" if loaded.rollout.gpus else "core")
+        )
+        if out is not None:
+            settings = {
+                "config": loaded.model_dump(mode="json"),
+                "prompts": prompts,
+                "samples": samples,
+                "repeats": repeats,
+            }
+            report.write(out, {"benchmark": "rollout", **found, **settings, "rows": rows})
+    if recommend is not None:
+        best = report.recommend(rows, recommend)
+        keys = ("engines", "tensor_parallel", "max_concurrency")
+        typer.echo("best: " + " ".join(f"rollout.{key}={best[key]}" for key in keys))
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"{option}: found {text!r}, expected numbers above 0 with commas between them, such as 1,2")
+    return [int(part) for part in parts]
+
+
+def _config(path: Path | None, overrides: list[str], folder: Path, engines: int) -> Any:
+    """The configuration, or one for the built-in model, its engines sharing this machine's cores."""
+    import json
+    import os
+
+    from rlhf_ray.config import load_config
+    from rlhf_ray.config.load import from_dict
+
+    if path is not None and "=" in str(path):  # there is no configuration, and this is the first change
+        path, overrides = None, [str(path), *overrides]
+    if path is not None:
+        return load_config(path, overrides, "ppo")
+    model = folder / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(BUILT_IN_MODEL))
+    values = {
+        "run": {"dir": str(folder / "run")},
+        "data": {"path": "none"},
+        "policy": {"path": str(model)},
+        "critic": {"init": "policy"},
+        "reward": {"functions": [{"path": "none:none"}]},
+        "ppo": {"iterations": 1, "prompts_per_iteration": 1},
+        "rollout": {"cpus": len(os.sched_getaffinity(0)) / engines, "kv_cache_gib": 1.0},
+    }
+    return from_dict(values, "ppo", overrides, "the built-in configuration")
