@@ -2,7 +2,9 @@
 
 import json
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +46,7 @@ def circumstances(nodes: list[Node]) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "commit": _commit(),
+        "command": shlex.join(["rlhf-ray", *sys.argv[1:]]),
         "time": time.strftime("%Y-%m-%d %H:%M", time.gmtime()) + " UTC",
     }
 
