@@ -79,10 +79,12 @@ def memory(report: dict[str, Any]) -> list[str]:
 def page() -> str:
     """The text of docs/performance.md."""
     reports = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    lines = [HEAD.rstrip(), ROLLOUT.rstrip()]
-    for report in reports.values():
-        if report.get("benchmark") == "rollout":
-            lines += rollout(report)
+    lines = [HEAD.rstrip()]
+    measured = [report for report in reports.values() if report.get("benchmark") == "rollout"]
+    if measured:
+        lines.append(ROLLOUT.rstrip())
+    for report in measured:
+        lines += rollout(report)
     lines += [MEMORY.rstrip(), *memory(reports["memory"])]
     return "\n".join(lines) + "\n"
 
