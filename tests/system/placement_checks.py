@@ -39,7 +39,7 @@ def nodes_of(placement: Placement) -> dict[str, list[str]]:
         for rank in range(len(bundles)):
             strategy = placement.options(name, rank)["scheduling_strategy"]
             refs.append(ray.remote(where).options(num_cpus=0.1, scheduling_strategy=strategy).remote())
-        found[name] = ray.get(refs, timeout=180)
+        found[name] = ray.get(refs, timeout=60)
     return found
 
 

@@ -31,7 +31,7 @@ class Inputs:
     def config(self, name: str, **sections: dict[str, Any]) -> PPOConfig:
         """A run called `name`; `sections` change keys of the common configuration."""
         values: dict[str, dict[str, Any]] = {
-            "run": {"dir": str(self.folder / name), "seed": 3, "timeout_s": 300.0},
+            "run": {"dir": str(self.folder / name), "seed": 3, "timeout_s": 120.0},
             "data": {"path": self.prompts, "max_tokens": 32, "as_chat": True},
             "policy": {"path": self.policy, "cpus": 0.5, "learning_rate": 3e-3},
             "critic": {"cpus": 0.5, "learning_rate": 3e-3},

@@ -39,7 +39,7 @@ def test_a_nodes_metrics_page_shows_what_its_processes_did(ray_cluster: None, tm
     (tmp_path / "run").mkdir()
     environment = {ACTOR: "rollout-3", LOGS: str(tmp_path / "run" / "logs")}
     worker = ray.remote(Worker).options(num_cpus=0, runtime_env={"env_vars": environment}).remote()
-    ray.get(worker.work.remote(), timeout=180)
+    ray.get(worker.work.remote(), timeout=60)
     (node,) = [node for node in ray.nodes() if node["Alive"]]
     wanted = {exported_name(name): value for name, value in WANTED.items()}
     deadline = time.monotonic() + 60

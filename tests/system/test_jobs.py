@@ -21,7 +21,7 @@ TOKEN = "a-token-of-the-tests-alone-1234"
 SECRET = "a-secret-value-5678"
 CONFIG = """\
 # rlhf-ray sft {name}
-run: {{dir: {run_dir}, timeout_s: 180}}
+run: {{dir: {run_dir}, timeout_s: 60}}
 data: {{path: {data}, max_tokens: 64}}
 model:
   chat_template: default
@@ -63,7 +63,7 @@ class Cluster:
     def call(self, *arguments: str, address: str | None = None, **environment: str) -> tuple[int, str, str]:
         """Exit code, standard output and standard error of a command."""
         process = self.start(*arguments, "--address", address or self.address, **environment)
-        out, err = process.communicate(timeout=400)
+        out, err = process.communicate(timeout=240)
         assert "Traceback" not in err, err
         assert SECRET not in out + err
         assert TOKEN not in out + err
@@ -140,7 +140,7 @@ def end(pid: int) -> None:
     psutil.wait_procs(alive, timeout=5)
 
 
-def wait_for(condition, seconds: float = 300.0) -> None:
+def wait_for(condition, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -155,7 +155,7 @@ def test_ctrl_c_leaves_a_job_running_which_stops_with_a_checkpoint_and_continues
     assert waiting.stdout is not None
     waiting.stdout.readline()
     waiting.send_signal(signal.SIGINT)
-    out, err = waiting.communicate(timeout=180)
+    out, err = waiting.communicate(timeout=60)
     assert waiting.returncode == 130, err
     assert err.startswith("submitted first\n")
     assert f"`rlhf-ray logs first --follow --address {cluster.address}`" in err
@@ -170,7 +170,7 @@ def test_ctrl_c_leaves_a_job_running_which_stops_with_a_checkpoint_and_continues
     wait_for(lambda: metrics.is_file() and metrics.stat().st_size > 0)
     code, out, _ = cluster.call("stop", "first")
     assert (code, "asked to stop" in out) == (0, True)
-    out, err = follower.communicate(timeout=300)
+    out, err = follower.communicate(timeout=120)
     assert follower.returncode == 143, out + err
     assert "stopped by a signal after step" in out, out
     assert list(run_dir.glob("checkpoints/step_*"))
@@ -225,7 +225,7 @@ def test_a_run_without_an_address_leaves_a_cluster_on_this_machine_alone(cluster
     )
     environment = cluster.environment | {"RAY_AUTH_MODE": "disabled"}
     found = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", "\n".join(lines)], env=environment, capture_output=True, text=True, timeout=120
     )
     assert found.returncode == 0, found.stderr
     assert float(found.stdout) > 256 * 2**20  # that of a cluster of its own, not of the fixture

@@ -212,7 +212,7 @@ def interrupted_run(whole_run: PPOConfig, inputs: Inputs) -> dict[str, Any]:
     await_checkpoint(process, checkpoints, 1)
     family = [process.pid, *descendants(process.pid)]
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=300)[0]
+    output = process.communicate(timeout=120)[0]
     story: dict[str, Any] = {"config": config, "exit_code": process.returncode, "output": output}
     story["steps_when_stopped"] = len(rows_of(config))
     story["checkpoint_when_stopped"] = max(path.name for path in checkpoints.glob("step_*"))
@@ -222,7 +222,7 @@ def interrupted_run(whole_run: PPOConfig, inputs: Inputs) -> dict[str, Any]:
     await_checkpoint(process, checkpoints, story["steps_when_stopped"] + 1)
     family = [process.pid, *descendants(process.pid)]
     process.kill()
-    process.communicate(timeout=300)
+    process.communicate(timeout=120)
     story["left_after_kill"] = survivors(family)
 
     with nothing_left():
@@ -244,7 +244,7 @@ def start(config: Path) -> subprocess.Popen:
 
 
 def await_checkpoint(process: subprocess.Popen, checkpoints: Path, step: int) -> None:
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 240
     while not any(int(path.name[-6:]) >= step for path in checkpoints.glob("step_*")):
         assert time.monotonic() < deadline, "no checkpoint in time"
         assert process.poll() is None, f"the run ended early:\n{process.communicate()[0]}"
@@ -352,7 +352,7 @@ def elastic(ray_cluster: None, inputs: Inputs) -> PPOConfig:
 
     def wait(pool: RolloutPool) -> bool:
         starting = [up for _, up in pool._joining.values()]
-        return bool(starting) and bool(ray.wait(starting, num_returns=len(starting), timeout=400)[0])
+        return bool(starting) and bool(ray.wait(starting, num_returns=len(starting), timeout=240)[0])
 
     def generate(pool: RolloutPool, requests: Any) -> Iterator[Any]:
         nonlocal calls

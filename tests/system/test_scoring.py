@@ -28,7 +28,7 @@ pytestmark = pytest.mark.system
 
 TOLERANCE = 1e-5
 TEMPERATURE = 0.7
-TIMEOUT_S = 300.0
+TIMEOUT_S = 120.0
 OTHER_TEXTS = ("an altogether different corpus of words", "makes other merges, and so other token ids")
 
 

@@ -14,7 +14,7 @@ from rlhf_ray.placement.plan import Plan
 from rlhf_ray.training.group import TrainerGroup
 from rlhf_ray.training.trainer import TrainerSpec
 
-TIMEOUT_S = 300.0
+TIMEOUT_S = 120.0
 
 
 class Ranks:
