@@ -80,6 +80,7 @@ class RolloutEngine:
         self._spec = spec
         self._version: int | None = None
         self._coming: int | None = None
+        self._random = False
         self._transfer = ExitStack()  # the span of a transfer under way
         from rlhf_ray.rollout.statistics import StatisticsLogger
 
@@ -131,7 +132,7 @@ class RolloutEngine:
         token_ids = list(completion.token_ids)
         flat = completion.logprobs
         logprobs = [flat.logprobs[start] for start in flat.start_indices]
-        spans = [VersionSpan(_number(s.version), s.start, s.end) for s in completion.weight_versions]
+        spans = [VersionSpan(0 if self._random else int(s.version), s.start, s.end) for s in completion.weight_versions]
         return Trajectory(
             uid=request.uid,
             sample=request.sample,
@@ -196,6 +197,10 @@ class RolloutEngine:
         self._version = self._coming
         activity().hold_version(self._coming or 0)
 
+    async def serve_random_weights(self) -> None:
+        """Serve, as version 0, the weights that vLLM made up at the start: for measurements without a trainer."""
+        self._random, self._version = True, 0
+
     async def statistics(self) -> dict[str, Any]:
         """`EngineStatistics` since the last call."""
         return self._statistics.take()
@@ -203,11 +208,6 @@ class RolloutEngine:
     async def close(self) -> None:
         """Stop vLLM's own processes."""
         self._engine.shutdown()
-
-
-def _number(version: str) -> int:
-    """A version as `finish_weight_update` named it; vLLM's own name is that of the weights it made up at the start."""
-    return 0 if version == "default" else int(version)
 
 
 def cpu_options(max_model_len: int) -> dict[str, Any]:

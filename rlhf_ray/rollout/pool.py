@@ -146,8 +146,7 @@ class RolloutPool:
 
     def serve_random_weights(self) -> None:
         """Serve the weights that vLLM made up at the start, for measurements without a trainer."""
-        self._on_all("announce", 0)
-        self._on_all("commit")
+        self._on_all("serve_random_weights")
 
     def statistics(self) -> list[dict[str, Any]]:
         """`EngineStatistics` of each engine since the last call."""
