@@ -1,6 +1,8 @@
 """Placement groups: reserving what a plan asks for, with a deadline, and handing it to actors."""
 
 import logging
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -94,6 +96,7 @@ def reserve(plan: Plan, logs: Path) -> Iterator[Placement]:
     held: list[PlacementGroup] = []
     try:
         seats: dict[int, tuple[PlacementGroup, int]] = {}
+        deadline = time.monotonic() + plan.timeout_s
         for strategy, bundles in plan.parts():
             group = placement_group(
                 [plan.bundles[index] for index in bundles],
@@ -101,8 +104,9 @@ def reserve(plan: Plan, logs: Path) -> Iterator[Placement]:
                 bundle_label_selector=[plan.labels.get(names[index], {}) for index in bundles],
             )
             held.append(group)
+            # One after the other: asked for together, the packed could take a node that the spread need.
+            _await(group, plan, deadline, granted=list(seats))
             seats |= {bundle: (group, place) for place, bundle in enumerate(bundles)}
-        _await(held, plan)
         tables = {group.id: placement_group_table(group)["bundles_to_node_id"] for group in held}
         node_of = [str(tables[seats[index][0].id][seats[index][1]]) for index in range(len(plan.bundles))]
         order = {
@@ -123,12 +127,15 @@ def inventory() -> list[Node]:
     return [node_from_ray(entry) for entry in ray.nodes() if entry["Alive"]]
 
 
-def _await(held: list[PlacementGroup], plan: Plan) -> None:
-    """Wait until all groups are granted."""
+def _await(group: PlacementGroup, plan: Plan, deadline: float, granted: list[int]) -> None:
+    """Wait until the group is granted; the bundles in `granted` are held already."""
     try:
-        ray.get([group.ready() for group in held], timeout=plan.timeout_s)
+        ray.get(group.ready(), timeout=max(0.0, deadline - time.monotonic()))
     except GetTimeoutError:
-        busy = shortfalls(plan, ray.available_resources())
+        free = Counter(ray.available_resources())
+        for index in granted:
+            free.update(plan.bundles[index])
+        busy = shortfalls(plan, free)
         raise ResourceError(
             f"placement: {len(plan.bundles)} bundles not granted within {plan.timeout_s:g} s (placement.timeout_s). "
             + (

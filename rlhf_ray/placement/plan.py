@@ -55,11 +55,12 @@ class Plan:
     def parts(self) -> list[tuple[str, list[int]]]:
         """Ray's placement groups: strategy and bundles of each.
 
-        All bundles are in one that packs them on few nodes; each group that is spread is one of its own.
+        Each group that is spread is one of its own; all other bundles are in one that packs them on few nodes. They
+        are to be granted in this order: what is packed finds room around what is spread, and not the other way round.
         """
         packed = [index for name, bundles in self.groups.items() if name not in self.spread for index in bundles]
-        parts = [("PACK", packed)] if packed else []
-        return parts + [("STRICT_SPREAD", self.groups[name]) for name in self.groups if name in self.spread]
+        parts = [("STRICT_SPREAD", self.groups[name]) for name in self.groups if name in self.spread]
+        return parts + ([("PACK", packed)] if packed else [])
 
     def group_of(self) -> list[str]:
         """The group of each bundle."""

@@ -62,7 +62,7 @@ def test_spread_processes_have_a_node_each_and_labels_are_kept_to():
     layout = lay_out(plan, cluster)
     assert [seat.node for seat in layout.seats if seat.group == "rollout"] == [2, 3, 4]
     assert misfits(plan, cluster) == [] and crowding(plan, layout) == []
-    assert plan.parts() == [("PACK", [0, 1]), ("STRICT_SPREAD", [2, 3, 4])]
+    assert plan.parts() == [("STRICT_SPREAD", [2, 3, 4]), ("PACK", [0, 1])]
 
 
 @pytest.mark.parametrize(
