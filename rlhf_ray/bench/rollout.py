@@ -190,6 +190,7 @@ def _measure(
 @contextmanager
 def _system(config: PPOConfig, spec: EngineSpec, placement: Placement) -> Iterator[Side]:
     pool = RolloutPool(spec, placement, config.run.timeout_s)
+    pool.launch()
     try:
         pool.start()
         pool.serve_random_weights()

@@ -16,6 +16,7 @@ from rlhf_ray.config.sections import (
     TrainingSection,
     check_takes_something,
 )
+from rlhf_ray.config.sharing import check_sharing
 
 # The adaptive controller clips its relative error to this much (Ziegler et al. 2019, section 2.2).
 KL_ERROR_CLIP = 0.2
@@ -287,6 +288,7 @@ class PPOConfig(PPOStage, RunConfig):
             problems.add("policy.path", "not given; set it to a model folder or hub name")
         if not self.reward.models:
             self._check_without_reward_model(problems)
+        check_sharing(self, problems)
         problems.check()
         return self
 

@@ -237,6 +237,10 @@ class PlacementSection(Section):
     spread: list[str] = Field(
         default_factory=list, description="Groups of which every process goes to a node of its own."
     )
+    share: list[list[str]] = Field(
+        default_factory=list,
+        description="Groups that sit together, rank by rank, and take turns on a GPU: `[[policy, rollout]]`.",
+    )
     timeout_s: float = Field(
         default=120.0, gt=0, description="Longest wait in seconds for the cluster to grant all processes."
     )
@@ -247,7 +251,13 @@ class PlacementSection(Section):
     def of(self, groups: tuple[str, ...]) -> "PlacementSection":
         """What of it is about these groups."""
         labels = {name: wanted for name, wanted in self.labels.items() if name in groups}
-        return self.model_copy(update={"labels": labels, "spread": [name for name in self.spread if name in groups]})
+        spread = [name for name in self.spread if name in groups]
+        share = [kept for together in self.share if len(kept := [name for name in together if name in groups]) > 1]
+        return self.model_copy(update={"labels": labels, "spread": spread, "share": share})
+
+    def partners(self, group: str) -> list[str]:
+        """The groups that a group shares with."""
+        return [name for together in self.share if group in together for name in together if name != group]
 
 
 class RunConfig(Section):
@@ -262,8 +272,17 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_groups(self):
         problems = Problems()
-        for key in ("labels", "spread"):
-            for name in getattr(self.placement, key):
+        for together in self.placement.share:
+            if len(together) < 2:
+                found = ", ".join(together) or "nothing"
+                problems.add("placement.share", f"has a set of {found} alone; name what it shares with, too")
+        named = {
+            "labels": self.placement.labels,
+            "spread": self.placement.spread,
+            "share": [name for together in self.placement.share for name in together],
+        }
+        for key, names in named.items():
+            for name in names:
                 if name not in self.groups:
                     problems.add(
                         f"placement.{key}", f"names {name!r}, but the groups are {', '.join(self.groups)}; name one"

@@ -53,8 +53,10 @@ def run_demo(config_path: Path, out_dir: Path, seed: int, *, few_labels: bool = 
     with connection(config.run.ray_address):
         models = run_pipeline(config)
         prompts = [row.data["prompt"][0]["content"] for row in read_rows(str(files.prompts_test))]
+        scorer, loaded = start_scorer(models["reward"])
         replies = sample_replies(config, files, {"before": models["sft"], "after": models["ppo"]})
-        scores = learned_scores(models["reward"], prompts, replies)
+        get(loaded, "reward model: start-up", EVALUATION_TIMEOUT_S)
+        scores = learned_scores(scorer, models["reward"], prompts, replies)
     summary = summarize(out_dir, files, seed, few_labels, prompts, replies, scores)
     summary["seconds"] = round(time.monotonic() - started, 1)
     write_text(out_dir / "replies.json", json.dumps(_reply_rows(prompts, replies, scores), indent=1) + "\n")
@@ -87,7 +89,7 @@ def sample_replies(config: PipelineConfig, files: DemoFiles, models: dict[str, P
     tokenizer = load_tokenizer(str(models["before"]))
     prompts, _ = prompt_items(read_rows(str(files.prompts_test)), tokenizer, stage.data.max_tokens, "error")
     # A process of its own for each model: vLLM keeps an engine's memory as long as the process lives.
-    sample = ray.remote(num_cpus=1, max_calls=1, runtime_env={"env_vars": actor_environment(1)})(_sample)
+    sample = ray.remote(num_cpus=0.75, max_calls=1, runtime_env={"env_vars": actor_environment(1)})(_sample)
     limit = stage.data.max_tokens + stage.rollout.max_new_tokens
     sampling = Sampling(stage.rollout.max_new_tokens, stage.rollout.temperature, config.run.seed)
     refs = {name: sample.remote(str(path), prompts, sampling, limit) for name, path in models.items()}
@@ -108,12 +110,18 @@ def _sample(model: str, prompts: list[Prompt], sampling: Sampling, max_model_len
     return tokenizer.batch_decode([one.token_ids for one in sampled], skip_special_tokens=True)
 
 
-def learned_scores(model: Path, prompts: list[str], replies: dict[str, list[str]]) -> dict[str, list[float]]:
-    """What the reward model gives each reply."""
+def start_scorer(model: Path) -> tuple[Any, Any]:
+    """The reward model as an actor, and what it answers once it is loaded: it loads while replies are sampled."""
     spec = ModelSpec(str(model), "fp32", token_budget=4096, gpu=False)
-    actor = ray.remote(RewardModelActor).options(num_cpus=1, runtime_env={"env_vars": actor_environment(1)})
+    actor = ray.remote(RewardModelActor).options(num_cpus=0.5, runtime_env={"env_vars": actor_environment(1)})
     scorer: Any = actor.remote(spec, str(model), True)
-    get(scorer.load.remote(), "reward model: start-up", EVALUATION_TIMEOUT_S)
+    return scorer, scorer.load.remote()
+
+
+def learned_scores(
+    scorer: Any, model: Path, prompts: list[str], replies: dict[str, list[str]]
+) -> dict[str, list[float]]:
+    """What the reward model gives each reply; it ends then."""
     tokenizer = load_tokenizer(str(model))
     scores = {}
     for name, texts in replies.items():

@@ -6,6 +6,7 @@ import logging
 import os
 from pathlib import Path
 
+from rlhf_ray.config.load import read_mapping
 from rlhf_ray.errors import StageError
 from rlhf_ray.tracking.rundir import write_text
 
@@ -24,6 +25,12 @@ def ask_for_engines(run_dir: Path, count: int) -> None:
         raise StageError(f"{run_dir} holds no run; name the directory of a running PPO run")
     if "\nrollout:" not in (run_dir / "config.yaml").read_text(encoding="utf-8"):
         raise StageError(f"{run_dir} holds no PPO run (its configuration has no `rollout`), and only PPO has engines")
+    placement = read_mapping(run_dir / "config.yaml", "a run's configuration").get("placement", {})
+    if any("rollout" in together for together in placement.get("share", [])):
+        raise StageError(
+            f"the engines of {run_dir} share their places, one beside each process of other groups (placement.share), "
+            "and cannot scale by themselves; stop the run and start it with other numbers of both"
+        )
     if not _is_held(run_dir / ".lock"):
         raise StageError(
             f"no process works on the run in {run_dir}; start it again, with rollout.engines={count} if that is wanted"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.ppo import PPOConfig
+from rlhf_ray.driver.turns import Turns, takes_turns
 from rlhf_ray.names import on_disk
 from rlhf_ray.placement.groups import Placement, reserve
 from rlhf_ray.placement.plan import make_plan
@@ -25,12 +26,13 @@ ENGINE_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 @dataclass
 class Groups:
-    """Policy and critic trainers, rollout engines, and the scorers (reference and rewards)."""
+    """Policy and critic trainers, rollout engines, the scorers (reference and rewards), and whose turn it is."""
 
     policy: TrainerGroup
     critic: TrainerGroup
     rollout: RolloutPool
     scorer: Scorer
+    turns: Turns
 
 
 @contextmanager
@@ -46,6 +48,8 @@ def running_groups(config: PPOConfig, tokenizer: Any, tokenizer_folder: str, log
         placement = stack.enter_context(reserve(make_plan(config), logs))
         rollout = RolloutPool(engine_spec(config, (tokenizer.eos_token_id,)), placement, config.run.timeout_s)
         stack.callback(rollout.stop)
+        if not takes_turns(config):
+            rollout.launch()
         policy = _trainer(config, placement, "policy")
         stack.callback(policy.stop)
         critic = _trainer(config, placement, "critic")
@@ -54,10 +58,17 @@ def running_groups(config: PPOConfig, tokenizer: Any, tokenizer_folder: str, log
         stack.callback(scorer.stop)
         for pending in (policy.start(), critic.start()):
             pending.result()
+        turns = Turns(config, {"policy": policy, "critic": critic}, rollout)
+        if turns.taken:
+            # An engine measures what memory is left for it as it starts.
+            turns.to_engines()
+            rollout.launch()
         scorer.start()
+        importing = policy.prepare_to_send()  # takes seconds, which pass while the engines still start
         rollout.start()
+        importing.result()
         rollout.connect(policy)
-        yield Groups(policy, critic, rollout, scorer)
+        yield Groups(policy, critic, rollout, scorer, turns)
 
 
 def critic_model(config: PPOConfig) -> str:
@@ -97,6 +108,7 @@ def engine_spec(config: PPOConfig, eos_token_ids: tuple[int, ...]) -> EngineSpec
     """What the rollout engines are started with."""
     rollout = config.rollout
     gpu = rollout.gpus > 0
+    beside_policy = "policy" in config.placement.partners("rollout")
     return EngineSpec(
         model=on_disk(config.policy.path),
         dtype=ENGINE_DTYPES[rollout.dtype],
@@ -108,6 +120,7 @@ def engine_spec(config: PPOConfig, eos_token_ids: tuple[int, ...]) -> EngineSpec
         gpu=gpu,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_gib=rollout.kv_cache_gib,
+        sleeps=takes_turns(config),
         trust_remote_code=config.policy.trust_remote_code,
-        backend="nccl" if gpu else "gloo",
+        backend=("ipc" if beside_policy else "nccl") if gpu else "gloo",
     )

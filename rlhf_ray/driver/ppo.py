@@ -63,7 +63,9 @@ class PPOLoop:
 
     def train(self) -> dict[str, float]:
         """Run the iterations that are left; returns the last one's metrics."""
+        self.groups.turns.to_trainers()
         self._restore()
+        self.groups.turns.to_engines()
         forget(self.run.directory.path)
         metrics = self._transfer()
         for iteration in self.run.begin(self.config.ppo.iterations, ["objective/scores", "objective/kl"]):
@@ -73,12 +75,15 @@ class PPOLoop:
                 drawn = [self.prompts[i] for i in self.order.next(self.config.ppo.prompts_per_iteration)]
                 with self._timed("rollout"):
                     scored = self._rollout(iteration, drawn)
+                self.groups.turns.to_trainers()
                 with self._timed("advantages"):
                     experience = self._experience(scored)
                 with self._timed("train"):
                     metrics = self._update(iteration, experience)
+                self.groups.turns.to_engines()
                 if self._trains_policy(iteration):
                     self.version += 1
+                if self._trains_policy(iteration) or self.groups.turns.taken:
                     metrics |= self._transfer()
             metrics |= experience.metrics | self._state_metrics(scored)
             self.kl.update(experience.kl, len(experience.policy))

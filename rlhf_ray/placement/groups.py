@@ -53,7 +53,7 @@ class Placement:
 
         A rank beyond the plan gets a bundle of its own, like those of its group; its actor waits until it is granted.
         """
-        resources = self.plan.bundles[self.plan.groups[name][0]]
+        resources = self.plan.takes(name)
         cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
         if rank < len(self.order[name]):
             group, index = self.seats[self.order[name][rank]]
@@ -92,7 +92,7 @@ def reserve(plan: Plan, logs: Path) -> Iterator[Placement]:
     lacking = shortfalls(plan, ray.cluster_resources()) or misfits(plan, inventory())
     if lacking and not plan.autoscaling:
         raise ResourceError("the cluster is too small for this configuration:\n" + "\n".join(lacking))
-    names = plan.group_of()
+    groups = plan.groups_of()
     held: list[PlacementGroup] = []
     try:
         seats: dict[int, tuple[PlacementGroup, int]] = {}
@@ -101,7 +101,7 @@ def reserve(plan: Plan, logs: Path) -> Iterator[Placement]:
             group = placement_group(
                 [plan.bundles[index] for index in bundles],
                 strategy=strategy,
-                bundle_label_selector=[plan.labels.get(names[index], {}) for index in bundles],
+                bundle_label_selector=[plan.labels_of(groups[index]) for index in bundles],
             )
             held.append(group)
             # One after the other: asked for together, the packed could take a node that the spread need.

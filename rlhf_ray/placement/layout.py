@@ -84,12 +84,11 @@ class _Free:
 def lay_out(plan: Plan, nodes: list[Node]) -> Layout:
     """Seat every process of the plan, as far as there is room."""
     free = [_Free(index, node) for index, node in enumerate(nodes)]
-    groups = plan.group_of()
+    wanted = [plan.labels_of(groups) for groups in plan.groups_of()]
     placed: dict[int, tuple[int, tuple[int, ...]]] = {}
     for strategy, bundles in plan.parts():
         order = sorted(bundles, key=lambda i: (-plan.bundles[i].get("GPU", 0.0), -plan.bundles[i].get("CPU", 0.0)))
-        wanted = {group: plan.labels.get(group, {}) for group in set(groups)}
-        placed |= _pack(plan, order, groups, free, wanted, alone=strategy == "STRICT_SPREAD")
+        placed |= _pack(plan, order, free, wanted, alone=strategy == "STRICT_SPREAD")
     seats, without = [], {}
     for group, bundles in plan.groups.items():
         found = sorted((placed[index] for index in bundles if index in placed), key=lambda seat: seat)
@@ -102,9 +101,8 @@ def lay_out(plan: Plan, nodes: list[Node]) -> Layout:
 def _pack(
     plan: Plan,
     order: list[int],
-    groups: list[str],
     free: list[_Free],
-    wanted: Mapping[str, Mapping[str, str]],
+    wanted: list[dict[str, str]],
     *,
     alone: bool,
 ) -> dict[int, tuple[int, tuple[int, ...]]]:
@@ -113,8 +111,8 @@ def _pack(
     candidates, waiting = list(free), list(order)
 
     def fits(node: _Free, index: int) -> bool:
-        labels = wanted[groups[index]]
-        return all(node.labels.get(name) == value for name, value in labels.items()) and node.holds(plan.bundles[index])
+        labelled = all(node.labels.get(name) == value for name, value in wanted[index].items())
+        return labelled and node.holds(plan.bundles[index])
 
     while waiting:
         first = waiting[0]
@@ -140,8 +138,8 @@ def misfits(plan: Plan, nodes: list[Node]) -> list[str]:
 
 
 def _misfit(plan: Plan, group: str, nodes: list[Node]) -> str | None:
-    bundle, count = plan.bundles[plan.groups[group][0]], len(plan.groups[group])
-    labels = plan.labels.get(group, {})
+    first, count = plan.groups[group][0], len(plan.groups[group])
+    bundle, labels = plan.bundles[first], plan.labels_of(plan.groups_of()[first])
     said = ", ".join(f"{name}={value}" for name, value in labels.items())
     labelled = [n for n in nodes if all(n.labels.get(name) == value for name, value in labels.items())]
     if not labelled:

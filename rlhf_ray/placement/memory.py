@@ -5,7 +5,7 @@ optimizer's update with its temporaries. `benchmarks/memory.py` holds the formul
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf_ray.config.offline import RewardConfig
 from rlhf_ray.config.pipeline import StageConfig
@@ -50,11 +50,13 @@ class Estimate:
         parts: what is there at the peak; a part that is freed before it has only what is left of it then.
         on_gpu: whether it is a GPU's memory, else main memory.
         offloaded: what such a process keeps in main memory instead, bytes.
+        at_rest: what it keeps on a GPU while it is the turn of others (`placement.share`); None where it has no turns.
     """
 
     parts: dict[str, float]
     on_gpu: bool
     offloaded: float = 0.0
+    at_rest: float | None = None
 
     @property
     def total(self) -> float:
@@ -115,6 +117,24 @@ def _ppo(config: PPOConfig, gpu_memory_gib: float | None, shapes: Shapes) -> dic
         found["critic"] = trainer(
             critic, config.training, config.critic.processes, on_gpu=config.critic.gpus > 0, scalar=True
         )
+    return _in_turns(config, found)
+
+
+def _in_turns(config: PPOConfig, found: dict[str, Estimate]) -> dict[str, Estimate]:
+    """Where engines and trainers share GPUs: an engine that sleeps keeps its context, a trainer all but its optimizer.
+
+    The optimizer's states are then in main memory, at the peak of that.
+    """
+    together = {"rollout", *config.placement.partners("rollout")}
+    trainers = [name for name in ("policy", "critic") if name in together and name in found]
+    if not trainers or not found[trainers[0]].on_gpu:
+        return found
+    for name in trainers:
+        each = found[name]
+        kept = sum(each.parts[part] for part in ("weights", "buffers", "process"))
+        found[name] = replace(each, offloaded=each.offloaded or each.parts["optimizer"], at_rest=kept)
+    if "rollout" in found:
+        found["rollout"] = replace(found["rollout"], at_rest=found["rollout"].parts["process"])
     return found
 
 

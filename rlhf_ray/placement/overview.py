@@ -109,8 +109,18 @@ def _contents(layout: Layout) -> dict[tuple[int, int], Contents]:
 
 
 def on_gpu(contents: Contents, estimates: Mapping[str, Estimate]) -> float:
-    """Estimated bytes on a GPU with these contents."""
-    return sum(estimates[group].total * count for group, count in contents if group in estimates)
+    """Estimated bytes on a GPU with these contents, at the turn that takes most."""
+
+    def during(turn_of_engines: bool) -> float:
+        total = 0.0
+        for group, count in contents:
+            if group in estimates:
+                one = estimates[group]
+                works = one.at_rest is None or (group == "rollout") == turn_of_engines
+                total += (one.total if works else one.at_rest or 0.0) * count
+        return total
+
+    return max(during(True), during(False))
 
 
 def _over_gpu_memory(
@@ -154,8 +164,10 @@ def nearest_change(
             other = changed(config, overrides)
         except ConfigError:
             return False
-        small_enough = on_gpu(mix, estimate(other, gpu_memory_gib, shapes)) <= gpu_memory_gib * GIB
-        return small_enough and not shortfalls(make_plan(other), _totals(nodes))
+        plan, estimates = make_plan(other), estimate(other, gpu_memory_gib, shapes)
+        if on_gpu(mix, estimates) > gpu_memory_gib * GIB or shortfalls(plan, _totals(nodes)):
+            return False
+        return not _over_main_memory(plan, lay_out(plan, nodes), nodes, estimates)
 
     for change in candidates:
         if fits([change]):

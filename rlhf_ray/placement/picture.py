@@ -28,7 +28,7 @@ def as_values(found: list[Overview], nodes: list[Node]) -> dict[str, Any]:
                     {
                         "strategy": strategy,
                         "bundles": [one.plan.bundles[index] for index in bundles],
-                        "groups": [one.plan.group_of()[index] for index in bundles],
+                        "groups": [list(one.plan.groups_of()[index]) for index in bundles],
                     }
                     for strategy, bundles in one.plan.parts()
                 ],
@@ -71,11 +71,11 @@ def _groups(one: Overview) -> Table:
     for name in ("processes", "CPU each", "GPU each", "GiB each", *parts, *["offloaded"] * offloads):
         table.add_column(name, justify="right", no_wrap=True)
     for group, bundles in one.plan.groups.items():
-        bundle, each = one.plan.bundles[bundles[0]], one.estimates.get(group)
+        taken, each = one.plan.takes(group), one.estimates.get(group)
         sizes = ["?" if each is None else _gib(each.total)]
         sizes += ["" if each is None else _gib(each.parts.get(part, 0.0)) for part in parts]
         sizes += ["" if each is None else _gib(each.offloaded)] * offloads
-        table.add_row(group, str(len(bundles)), f"{bundle.get('CPU', 0):g}", f"{bundle.get('GPU', 0):g}", *sizes)
+        table.add_row(group, str(len(bundles)), f"{taken.get('CPU', 0):g}", f"{taken.get('GPU', 0):g}", *sizes)
     return table
 
 

@@ -37,12 +37,14 @@ class Plan:
     """What is reserved for a run.
 
     Attributes:
-        bundles: resources of each bundle, as Ray takes them; one bundle holds one process.
+        bundles: resources of each bundle, as Ray takes them; one bundle holds one process, or one of each group that
+            shares it.
         groups: the bundles of each group, in rank order.
         labels: node labels that a group's bundles need, by group.
         spread: groups of which every process goes to a node of its own.
         timeout_s: longest wait for the cluster to grant all of it.
         autoscaling: whether nodes may still come, so that too few are no error.
+        portions: what a process takes of a bundle that several groups share; other groups take theirs whole.
     """
 
     bundles: list[dict[str, float]]
@@ -51,6 +53,7 @@ class Plan:
     spread: tuple[str, ...] = ()
     timeout_s: float = 120.0
     autoscaling: bool = False
+    portions: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def parts(self) -> list[tuple[str, list[int]]]:
         """Ray's placement groups: strategy and bundles of each.
@@ -60,15 +63,23 @@ class Plan:
         """
         packed = [index for name, bundles in self.groups.items() if name not in self.spread for index in bundles]
         parts = [("STRICT_SPREAD", self.groups[name]) for name in self.groups if name in self.spread]
-        return parts + ([("PACK", packed)] if packed else [])
+        return parts + ([("PACK", list(dict.fromkeys(packed)))] if packed else [])
 
-    def group_of(self) -> list[str]:
-        """The group of each bundle."""
-        names = [""] * len(self.bundles)
+    def groups_of(self) -> list[tuple[str, ...]]:
+        """The groups that have a process in each bundle: one, or those that share it."""
+        names: list[tuple[str, ...]] = [()] * len(self.bundles)
         for name, bundles in self.groups.items():
             for index in bundles:
-                names[index] = name
+                names[index] += (name,)
         return names
+
+    def labels_of(self, groups: tuple[str, ...]) -> dict[str, str]:
+        """The node labels that a bundle of these groups needs."""
+        return {label: value for name in groups for label, value in self.labels.get(name, {}).items()}
+
+    def takes(self, group: str) -> dict[str, float]:
+        """What each process of a group asks, by resource."""
+        return self.portions.get(group) or self.bundles[self.groups[group][0]]
 
     def needed(self, resource: str) -> float:
         """All that the plan asks of a resource."""
@@ -76,7 +87,7 @@ class Plan:
 
     def share(self, group: str, resource: str) -> float:
         """What each process of a group asks of a resource."""
-        return self.bundles[self.groups[group][0]].get(resource, 0.0)
+        return self.takes(group).get(resource, 0.0)
 
 
 def demands(config: StageConfig) -> list[GroupDemand]:
@@ -104,15 +115,27 @@ def make_plan(config: StageConfig) -> Plan:
 
 
 def plan_of(asked: Sequence[GroupDemand], placement: PlacementSection) -> Plan:
-    """One bundle per process, groups one after the other."""
+    """One bundle per process, groups one after the other; rank i of groups that share is in one bundle."""
     bundles: list[dict[str, float]] = []
     groups: dict[str, list[int]] = {}
+    portions: dict[str, dict[str, float]] = {}
     for demand in asked:
-        resources = {"CPU": demand.cpus, "GPU": demand.gpus}
-        bundle = {name: amount for name, amount in resources.items() if amount}
-        groups[demand.name] = list(range(len(bundles), len(bundles) + demand.processes))
-        bundles += [dict(bundle) for _ in range(demand.processes)]
-    return Plan(bundles, groups, placement.labels, tuple(placement.spread), placement.timeout_s, placement.autoscaling)
+        taken = {name: amount for name, amount in (("CPU", demand.cpus), ("GPU", demand.gpus)) if amount}
+        partners = placement.partners(demand.name)
+        if partners:
+            portions[demand.name] = taken
+        held = next((groups[name] for name in partners if name in groups), None)
+        if held is None:
+            groups[demand.name] = list(range(len(bundles), len(bundles) + demand.processes))
+            bundles += [dict(taken) for _ in range(demand.processes)]
+            continue
+        groups[demand.name] = held
+        for index in held:
+            for name, amount in taken.items():
+                bundles[index][name] = round(bundles[index].get(name, 0.0) + amount, 6)
+    return Plan(
+        bundles, groups, placement.labels, tuple(placement.spread), placement.timeout_s, placement.autoscaling, portions
+    )
 
 
 def shortfalls(plan: Plan, available: Mapping[str, float]) -> list[str]:
@@ -149,7 +172,8 @@ def _one_change(plan: Plan, resource: str, lacking: float) -> str | None:
     changes: list[tuple[float, str]] = []
     for group, bundles in plan.groups.items():
         processes, share = len(bundles), plan.share(group, resource)
-        fewer = processes - math.ceil(round(lacking / share, 6)) if share else 0
+        # Groups that share have equal numbers of processes, so that none of them can have fewer by itself.
+        fewer = processes - math.ceil(round(lacking / share, 6)) if share and group not in plan.portions else 0
         if fewer >= 1:
             key = "rollout.engines" if group == "rollout" else f"{group}.processes"
             changes.append(((processes - fewer) * share, f"lower {key} from {processes} to {fewer}"))

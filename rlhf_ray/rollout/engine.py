@@ -33,7 +33,8 @@ class EngineSpec:
         dtype: "float32" or "bfloat16".
         max_model_len: prompt and response tokens together.
         eos_token_ids: tokens that end a response; without any it ends at its limit alone.
-        backend: weight-transfer backend, "gloo" or "nccl".
+        backend: weight-transfer backend: "gloo", "nccl", or "ipc" where each engine shares its GPU with a trainer rank.
+        sleeps: whether it is to give its GPU's memory to others at times.
         statistics: whether to keep `EngineStatistics`.
     """
 
@@ -49,6 +50,7 @@ class EngineSpec:
     kv_cache_gib: float | None
     trust_remote_code: bool
     backend: str
+    sleeps: bool = False
     statistics: bool = False
 
 
@@ -81,6 +83,7 @@ class RolloutEngine:
         self._version: int | None = None
         self._coming: int | None = None
         self._random = False
+        self._asleep = False
         self._transfer = ExitStack()  # the span of a transfer under way
         from rlhf_ray.rollout.statistics import StatisticsLogger
 
@@ -197,6 +200,18 @@ class RolloutEngine:
         self._version = self._coming
         activity().hold_version(self._coming or 0)
 
+    async def sleep(self) -> None:
+        """Drop weights and cache. The engine is STALE until a transfer, around which it is woken."""
+        self._version = None
+        await self._engine.sleep(level=2)
+        self._asleep = True
+
+    async def wake(self, what: str) -> None:
+        """Take memory again for "weights", before a transfer, or for the "kv_cache", after it."""
+        if self._asleep:
+            await self._engine.wake_up([what])
+            self._asleep = what != "kv_cache"
+
     async def serve_random_weights(self) -> None:
         """Serve, as version 0, the weights that vLLM made up at the start: for measurements without a trainer."""
         self._random, self._version = True, 0
@@ -238,8 +253,12 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
         "worker_extension_cls": "rlhf_ray.rollout.worker_extension.WorkerExtension",
         "disable_log_stats": not spec.statistics,
     }
+    if spec.tensor_parallel > 1:
+        # vLLM would see Ray and ask it for a bundle a worker; the actor holds the GPUs of all of them.
+        args["distributed_executor_backend"] = "mp"
     if spec.gpu:
         args["gpu_memory_utilization"] = spec.gpu_memory_utilization
+        args["enable_sleep_mode"] = spec.sleeps
     else:
         args |= cpu_options(spec.max_model_len)
     if spec.kv_cache_gib is not None:

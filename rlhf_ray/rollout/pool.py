@@ -40,9 +40,13 @@ class RolloutPool:
         self._spec = spec
         self._placement = placement
         self._timeout_s = timeout_s
-        self._serving: dict[int, Any] = {rank: self._launch(rank) for rank in range(len(placement.order["rollout"]))}
+        self._serving: dict[int, Any] = {}
         self._joining: dict[int, tuple[Any, Any]] = {}  # rank -> engine, its answer once it is up
         self._connected: list[Any] = []
+
+    def launch(self) -> None:
+        """Start the engines of the plan."""
+        self._serving = {rank: self._launch(rank) for rank in range(len(self._placement.order["rollout"]))}
 
     def _launch(self, rank: int) -> Any:
         # One slot of concurrency serves a generate call, the rest the transfer and the probe beside it.
@@ -55,7 +59,7 @@ class RolloutPool:
         return [self._serving[rank] for rank in sorted(self._serving)]
 
     def start(self) -> None:
-        """Wait until the engines that the pool was made with are up."""
+        """Wait until the engines that were launched are up."""
         get([engine.ready.remote() for engine in self.engines], "rollout engines: start-up", START_TIMEOUT_S)
 
     def resize(self, count: int) -> None:
@@ -99,7 +103,8 @@ class RolloutPool:
     def connect(self, trainer: TrainerGroup) -> None:
         """Join the weight-transfer group with the trainer's ranks, as far as the engines have changed."""
         if self._connected != self.engines:
-            trainer.connect_engines(self.engines, self._spec.tensor_parallel, self._spec.dtype).result()
+            spec = self._spec
+            trainer.connect_engines(self.engines, spec.tensor_parallel, spec.dtype, spec.backend).result()
             self._connected = self.engines
 
     def update_weights(self, trainer: TrainerGroup, version: int, probe_ids: Sequence[int]) -> dict[str, float]:
@@ -120,7 +125,11 @@ class RolloutPool:
         self._admit()
         self.connect(trainer)
         self._on_all("announce", version)
+        if self._spec.sleeps:
+            self._on_all("wake", "weights")
         trainer.send_weights(version).result()
+        if self._spec.sleeps:
+            self._on_all("wake", "kv_cache")
         ids = torch.tensor(list(probe_ids))
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[0] = False
@@ -143,6 +152,10 @@ class RolloutPool:
             "time/transfer": time.monotonic() - started,
             "rollout/probe_difference": worst,
         }
+
+    def sleep(self) -> None:
+        """Let the engines drop weights and cache, which they get back at the next transfer."""
+        self._on_all("sleep")
 
     def serve_random_weights(self) -> None:
         """Serve the weights that vLLM made up at the start, for measurements without a trainer."""

@@ -1,5 +1,6 @@
 """The trainer's end of a weight transfer: a source over DeepSpeed's parameters, and the calls to the engines."""
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -8,9 +9,11 @@ import ray
 import torch
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource, WeightTransferUpdatePayload
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from rlhf_ray.rollout import gloo_transfer
+from rlhf_ray.rollout.buckets import BUCKET_BYTES
 from rlhf_ray.runtime.ports import held_port
 from rlhf_ray.runtime.remote import get
 from rlhf_ray.training.trainer import Trainer
@@ -49,8 +52,10 @@ class EngineClient:
         """Every engine joins, its workers at ranks of their own."""
         refs = []
         for index, engine in enumerate(self._engines):
-            offset = init_info["rank_offset"] + index * self._workers_per_engine
-            refs.append(engine.init_weight_transfer_engine.remote({**init_info, "rank_offset": offset}))
+            own = dict(init_info)
+            if "rank_offset" in own:  # CUDA IPC has no group
+                own["rank_offset"] += index * self._workers_per_engine
+            refs.append(engine.init_weight_transfer_engine.remote(own))
         self._wait(refs, "engines joining the trainer's group")
 
     def start_weight_update(self) -> None:
@@ -75,16 +80,21 @@ class WeightSender:
         engines: list[Any],
         workers_per_engine: int,
         dtype: torch.dtype,
+        backend: str,
         timeout_s: float,
-        *,
-        gpu: bool,
     ) -> None:
         gloo_transfer.register()
         world_size = 1 + len(engines) * workers_per_engine
         host = ray.util.get_node_ip_address()
+        source = TrainerSource(trainer, dtype)
         info: Any
         with ExitStack() as stack:
-            if gpu:
+            if backend == "ipc":
+                # NCCL refuses two processes on one GPU. Each rank hands its own buffer to the engine beside it.
+                largest = max(math.prod(meta.shape) * meta.dtype.itemsize for meta in source.metadata())
+                size = max(BUCKET_BYTES, largest)  # no parameter may be larger than the buffer
+                info = IPCTrainerInitInfo(rank=trainer.rank, packed=True, packed_buffer_size_bytes=size)
+            elif backend == "nccl":
                 port = stack.enter_context(held_port(host))
                 info = NCCLTrainerInitInfo(host, port, world_size, rank=trainer.rank)
             else:
@@ -92,7 +102,7 @@ class WeightSender:
             self._engine = WeightTransferTrainerFactory.trainer_init(
                 info,
                 client=EngineClient(engines, workers_per_engine, timeout_s),
-                source=TrainerSource(trainer, dtype),
+                source=source,
             )
 
     def send(self) -> None:

@@ -108,12 +108,26 @@ class TrainerActor:
         if self._world_size > 1:
             dist.barrier()
 
-    def connect_engines(self, engines: list[Any], workers_per_engine: int, dtype: str, timeout_s: float) -> None:
+    def free_optimizer(self) -> None:
+        """Make room for others; see `Trainer.free_optimizer`."""
+        with activity().busy("offload"):
+            self.trainer.free_optimizer()
+
+    def restore_optimizer(self) -> None:
+        """See `Trainer.restore_optimizer`."""
+        with activity().busy("offload"):
+            self.trainer.restore_optimizer()
+
+    def prepare_to_send(self) -> None:
+        """Import vLLM's side of the weight transfer, ahead of `connect_engines`."""
+        import rlhf_ray.rollout.sender  # noqa: F401
+
+    def connect_engines(self, engines: list[Any], workers_per_engine: int, dtype: str, backend: str) -> None:
         """Join the weight-transfer group with `engines` (actor handles)."""
         from rlhf_ray.rollout.sender import WeightSender
 
         self._sender = WeightSender(
-            self.trainer, engines, workers_per_engine, getattr(torch, dtype), timeout_s, gpu=self._spec.gpu
+            self.trainer, engines, workers_per_engine, getattr(torch, dtype), backend, self._timeout.total_seconds()
         )
 
     def send_weights(self, version: int) -> None:

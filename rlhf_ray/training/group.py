@@ -97,11 +97,21 @@ class TrainerGroup:
         """Write the weights as a transformers folder with the tokenizer of `tokenizer`."""
         return self._on_all("export", "writing the model", folder, tokenizer, card, extra_config or {})
 
-    def connect_engines(self, engines: list[Any], workers_per_engine: int, dtype: str) -> Pending:
-        """Join a weight-transfer group with rollout engines."""
-        return self._on_all(
-            "connect_engines", "connecting to the engines", engines, workers_per_engine, dtype, self.timeout_s
-        )
+    def free_optimizer(self) -> Pending:
+        """Move the optimizer's states to main memory."""
+        return self._on_all("free_optimizer", "moving the optimizer to main memory")
+
+    def restore_optimizer(self) -> Pending:
+        """Move them back."""
+        return self._on_all("restore_optimizer", "moving the optimizer back")
+
+    def prepare_to_send(self) -> Pending:
+        """Import what sending weights needs."""
+        return self._on_all("prepare_to_send", "preparing to send weights")
+
+    def connect_engines(self, engines: list[Any], workers_per_engine: int, dtype: str, backend: str) -> Pending:
+        """Join a weight-transfer group with rollout engines, over "gloo", "nccl" or "ipc"."""
+        return self._on_all("connect_engines", "connecting to the engines", engines, workers_per_engine, dtype, backend)
 
     def send_weights(self, version: int) -> Pending:
         """Send all weights, which are of this version, to the connected engines."""

@@ -21,6 +21,7 @@ from rlhf_ray.config.sections import TrainingSection
 from rlhf_ray.errors import CheckpointError, EngineError
 from rlhf_ray.packing import PackedBatch
 from rlhf_ray.training.deepspeed_config import clips_itself, deepspeed_config, lr_multiplier
+from rlhf_ray.training.offload import free_optimizer, restore_optimizer
 from rlhf_ray.training.state import Partition, load_state, partition_of, save_state
 
 logger = logging.getLogger(__name__)
@@ -234,6 +235,19 @@ class Trainer:
             if self.rank == 0:
                 weights[name] = tensor.cpu().clone()
         return weights
+
+    def free_optimizer(self) -> None:
+        """Move master weights and moments to main memory, until `restore_optimizer`. Needs ZeRO 1, 2 or 3.
+
+        Forward passes, `parameters_in_full` and `save` work as before; a step does not.
+        """
+        if not self.spec.section.offload_optimizer:  # they are there already
+            free_optimizer(self.engine, self.spec.section.zero_stage, pin=self.spec.gpu)
+
+    def restore_optimizer(self) -> None:
+        """Take back what `free_optimizer` moved."""
+        if not self.spec.section.offload_optimizer:
+            restore_optimizer(self.engine, self.spec.section.zero_stage)
 
     def save(self, folder: str) -> None:
         """Write weights, optimizer, schedule and this rank's random state into `folder`. Collective."""

@@ -43,11 +43,31 @@ def nodes_of(placement: Placement) -> dict[str, list[str]]:
     return found
 
 
+def gpus_of(placement: Placement) -> dict[str, list[str]]:
+    """Node and GPU numbers of each rank of each group, as its actor sees them, while all are alive."""
+
+    class Process:
+        def seat(self) -> str:
+            context = ray.get_runtime_context()
+            return f"{context.get_node_labels()['name']} {context.get_accelerator_ids()['GPU']}"
+
+    ranks = {name: range(len(bundles)) for name, bundles in placement.order.items()}
+    actors = {
+        name: [ray.remote(Process).options(**placement.options(name, rank)).remote() for rank in numbers]
+        for name, numbers in ranks.items()
+    }
+    found = {name: ray.get([actor.seat.remote() for actor in some], timeout=60) for name, some in actors.items()}
+    for some in actors.values():
+        for actor in some:
+            ray.kill(actor)
+    return found
+
+
 def main(out: Path) -> None:
     cluster = Cluster()
     cluster.add_node(num_cpus=4, labels={"name": "trainer", "role": "trainer"}, include_dashboard=False)
     for name in ("gpu-a", "gpu-b"):
-        cluster.add_node(num_cpus=2, labels={"name": name, "role": "rollout"})
+        cluster.add_node(num_cpus=2, num_gpus=2, labels={"name": name, "role": "rollout"})
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False)
     found: dict[str, Any] = {"errors": {}}
@@ -60,6 +80,15 @@ def main(out: Path) -> None:
         spread = plan_of({"policy": (3, 1), "rollout": (2, 1)}, spread=("policy",), timeout_s=60.0)
         with reserve(spread, out.parent) as placed:
             found["spread"] = nodes_of(placed)
+        half = {"CPU": 0.25, "GPU": 0.5}
+        shared = Plan(
+            [{"CPU": 0.5, "GPU": 1.0}] * 4,
+            {"policy": [0, 1, 2, 3], "rollout": [0, 1, 2, 3]},
+            portions={"policy": half, "rollout": half},
+            timeout_s=60.0,
+        )
+        with reserve(shared, out.parent) as placed:
+            found["shared"] = gpus_of(placed)
         packed = plan_of({"policy": (8, 1)}, timeout_s=60.0)
         names = [node.labels["name"] for node in inventory()]
         found["foretold"] = dict(Counter(names[seat.node] for seat in lay_out(packed, inventory()).seats))

@@ -36,6 +36,11 @@ def test_spread_processes_sit_on_a_node_each(found: dict[str, Any]):
     assert len(set(found["spread"]["policy"])) == 3
 
 
+def test_groups_that_share_see_the_same_gpus_rank_by_rank(found: dict[str, Any]):
+    assert found["shared"]["policy"] == found["shared"]["rollout"]
+    assert sorted(found["shared"]["policy"]) == [f"gpu-{node} ['{gpu}']" for node in "ab" for gpu in (0, 1)]
+
+
 def test_ranks_follow_the_nodes(found: dict[str, Any]):
     nodes = found["ranks"]["policy"]
     assert nodes == sorted(nodes, key=nodes.index)

@@ -414,6 +414,9 @@ def test_only_a_running_ppo_run_is_scaled(elastic: PPOConfig, tmp_path: Path):
         ask_for_engines(Path(elastic.run.dir), 2)
     with pytest.raises(StageError, match="holds no run; name the directory of a running PPO run"):
         ask_for_engines(tmp_path, 2)
+    (tmp_path / "config.yaml").write_text("run: {dir: x}\nrollout: {}\nplacement: {share: [[policy, rollout]]}\n")
+    with pytest.raises(StageError, match="share their places, one beside each process of other groups"):
+        ask_for_engines(tmp_path, 2)
     (tmp_path / "config.yaml").write_text("run:\n  dir: x\nsft: {}\n")
     with pytest.raises(StageError, match="only PPO has engines"):
         ask_for_engines(tmp_path, 2)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ppo_runs import TOLERANCE, Inputs, make_inputs, rows_of
+from ray.util.placement_group import placement_group_table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -18,6 +19,7 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.data import prompt_items, read_rows
 from rlhf_ray.driver.groups import Groups, running_groups
 from rlhf_ray.driver.ppo import PPOLoop
+from rlhf_ray.driver.turns import Turns
 from rlhf_ray.models.reading import StateValues
 from rlhf_ray.packing import Sequence
 from rlhf_ray.stages.ppo import read_ptx
@@ -71,12 +73,25 @@ def random_responses() -> list[Sequence]:
 
 @pytest.fixture(scope="module")
 def shared(ray_cluster: None, inputs: Inputs) -> Iterator[Shared]:
-    config = functions_only(inputs, "shared")
+    config = functions_only(inputs, "shared", placement={"share": [["policy", "rollout"]]})
     tokenizer = AutoTokenizer.from_pretrained(inputs.policy)
     with ExitStack() as stack:
         directory = stack.enter_context(RunDirectory(config.run.dir))
         groups = stack.enter_context(running_groups(config, tokenizer, inputs.policy, directory.logs))
         yield Shared(inputs, groups, tokenizer)
+
+
+def test_groups_that_share_on_a_cpu_sit_together_and_do_not_sleep(
+    ray_cluster: None, shared: Shared, caplog: pytest.LogCaptureFixture
+):
+    config = functions_only(shared.inputs, "sharing", placement={"share": [["policy", "rollout"]]})
+    nodes = placement_group_table()
+    (bundles,) = [group["bundles"] for group in nodes.values() if group["state"] == "CREATED"]
+    assert sorted(bundle["CPU"] for bundle in bundles.values()) == [0.25, 0.25, 0.5, 1.0]
+    with caplog.at_level("INFO", logger="rlhf_ray.driver.turns"):
+        Turns(config, {"policy": shared.groups.policy}, shared.groups.rollout)
+    assert "rollout shares its place with policy; on a CPU engines do not sleep" in caplog.text
+    assert not shared.groups.turns.taken
 
 
 def test_a_critic_from_the_policy_is_a_linear_head_on_its_body(shared: Shared):

@@ -100,6 +100,7 @@ def running(
     *,
     engines: int = 1,
     ranks: int = 1,
+    tensor_parallel: int = 1,
     prepare: Callable[[Any], None] | None = None,
     **training: Any,
 ) -> Iterator[World]:
@@ -113,7 +114,7 @@ def running(
         dtype="float32",
         max_model_len=MAX_MODEL_LEN,
         eos_token_ids=(EOS,),
-        tensor_parallel=1,
+        tensor_parallel=tensor_parallel,
         max_concurrency=32,
         enforce_eager=True,
         gpu=False,
@@ -126,6 +127,7 @@ def running(
     with reserve(plan, logs) as reserved:
         placement = Named(**vars(reserved))
         pool = RolloutPool(engine, placement, TIMEOUT_S)
+        pool.launch()
         trainer = TrainerGroup(spec, placement, "policy", TIMEOUT_S)
         try:
             trainer.start().result()
@@ -153,7 +155,8 @@ def tied(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="module")
 def partitioned(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """One engine and two ranks of ZeRO-3, of a model with untied embeddings, sent in buckets of 4 KiB."""
+    """One engine of two tensor-parallel workers and two ranks of ZeRO-3, of a model with untied embeddings, sent in
+    buckets of 4 KiB."""
     folder = tmp_path_factory.mktemp("partitioned")
 
     def use_small_buckets(actor: Any) -> None:
@@ -164,7 +167,7 @@ def partitioned(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> 
         )
 
     model = make_llama(folder / "model", tie=False)
-    with running(model, folder, ranks=2, prepare=use_small_buckets, zero_stage=3) as world:
+    with running(model, folder, ranks=2, tensor_parallel=2, prepare=use_small_buckets, zero_stage=3) as world:
         world.train()
         world.transfer()
         yield world

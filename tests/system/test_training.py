@@ -222,6 +222,26 @@ def test_options_that_save_memory_change_no_number(ranks, make_spec, expected, c
     assert_same(train(ranks(2), make_spec(CASES[case][1], **options, **LINEAR), case), expected(case))
 
 
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_an_optimizer_that_made_room_for_others_goes_on_as_if_it_had_not(ranks, make_spec, tmp_path, zero_stage):
+    objective, _, batch, _ = CASES["sft"]
+    spec = make_spec(zero_stage=zero_stage)
+    expected = train(ranks(2), spec, "sft", steps=3)
+    group = ranks(2).build(spec)
+    metrics = []
+    for _ in range(3):
+        group.restore_optimizer().result()
+        metrics.append(group.step(batch, objective).result())
+        group.free_optimizer().result()
+        group.forward(batch, TokenLogprobs()).result()
+    assert_same((metrics, ranks(2).weights()), expected, rtol=0.0, atol=0.0)
+    # What is saved meanwhile is whole.
+    group.save(str(tmp_path)).result()
+    again = ranks(2).build(spec)
+    again.load(str(tmp_path)).result()
+    assert again.step(batch, objective).result() == train(ranks(2), spec, "sft", steps=4)[0][-1]
+
+
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_gradients_above_the_limit_are_scaled_down_and_their_norm_is_reported_unscaled(
     ranks, make_spec, models, zero_stage

@@ -43,6 +43,61 @@ from rlhf_ray.config.load import CONFIGS
             ["model.path="],
             "model.path: not given; set it to a model folder or hub name, or fill `model.scratch`",
         ),
+        (
+            "ppo",
+            ["policy.gpus=0.5", "rollout.gpus=0.5"],
+            "rollout.gpus: 0.5 beside `policy.gpus` 0.5 could put both on one GPU, where NCCL sends nothing; name both "
+            "in one set of `placement.share`, or set either to 1",
+        ),
+        (
+            "ppo",
+            ["placement.share=[[policy]]"],
+            "placement.share: has a set of policy alone; name what it shares with, too",
+        ),
+        (
+            "ppo",
+            ["placement.share=[[policy, critic], [rollout, policy]]"],
+            "placement.share: names policy 2 times; put all groups that share with it into one set, once each",
+        ),
+        (
+            "ppo",
+            ["placement.share=[[policy, rollout]]", "policy.processes=2"],
+            "placement.share: pairs groups rank by rank, and they differ in number (`policy.processes` 2, "
+            "`rollout.engines` 1); make them equal",
+        ),
+        (
+            "ppo",
+            ["placement.share=[[policy, rollout]]", "rollout.gpus=0.5"],
+            "placement.share: has groups on a GPU and others without one (`policy.gpus` 0); give them a part of it, "
+            "or none",
+        ),
+        (
+            "ppo",
+            ["placement.share=[[policy, rollout]]", "rollout.gpus=0.5", "policy.gpus=1"],
+            "placement.share: needs more than one GPU for a process of each (`policy.gpus` 1, `rollout.gpus` 0.5); let "
+            "them add up to 1 at most",
+        ),
+        (
+            "ppo",
+            ["placement.share=[[policy, rollout]]", "placement.spread=[policy]"],
+            "placement.spread: names policy, which shares (`placement.share`); take it out of either",
+        ),
+        (
+            "ppo",
+            ["placement.share=[[policy, rollout]]", "placement.labels={policy: {role: a}, rollout: {role: b}}"],
+            "placement.labels: asks for several values of role (policy a, rollout b) in groups that share; use one",
+        ),
+        (
+            "ppo",
+            ["placement.share=[[policy, rollout]]", "rollout.gpus=0.5", "policy.gpus=0.5", "training.zero_stage=0"],
+            "training.zero_stage: 0, which cannot give up its optimizer's memory while the engines work "
+            "(`placement.share`); set it to 1, 2 or 3",
+        ),
+        (
+            "ppo",
+            ["placement.share=[[policy, rollout]]", "rollout.engines=1", "rollout.min_engines=1"],
+            "rollout.min_engines: given, but engines that share GPUs start all together; remove it",
+        ),
         ("dpo", ["model.path=''"], "model.path: not given; set it to a model folder or hub name"),
         (
             "sft",

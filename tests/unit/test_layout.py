@@ -65,6 +65,21 @@ def test_spread_processes_have_a_node_each_and_labels_are_kept_to():
     assert plan.parts() == [("STRICT_SPREAD", [2, 3, 4]), ("PACK", [0, 1])]
 
 
+def test_groups_that_share_sit_on_the_same_gpus_rank_by_rank():
+    taken = {"CPU": 1.0, "GPU": 0.5}
+    bundles = [{"CPU": 2.0, "GPU": 1.0} for _ in range(4)]
+    plan = Plan(
+        bundles,
+        {"policy": [0, 1, 2, 3], "rollout": [0, 1, 2, 3]},
+        labels={"rollout": {"role": "gpu"}},
+        portions={"policy": taken, "rollout": taken},
+    )
+    seats = lay_out(plan, nodes(1, gpus=2) + nodes(2, gpus=2, role="gpu")).seats
+    places = [(1, (0,)), (1, (1,)), (2, (0,)), (2, (1,))]  # all where one of them must be
+    for group in ("policy", "rollout"):
+        assert [(seat.node, seat.gpus) for seat in seats if seat.group == group] == places
+
+
 @pytest.mark.parametrize(
     ("options", "bundle", "message"),
     [

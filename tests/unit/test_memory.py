@@ -1,5 +1,7 @@
 """The memory estimate: literal sums, shapes against transformers' models, and what is said when it does not fit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_models_packed import ARCHITECTURES, tiny_config
@@ -9,7 +11,7 @@ from rlhf_ray.config import from_dict, load_config
 from rlhf_ray.config.sections import TrainingSection
 from rlhf_ray.placement.inventory import Node
 from rlhf_ray.placement.memory import GIB, cache_bytes_per_token, estimate, trainer
-from rlhf_ray.placement.overview import overview, overviews
+from rlhf_ray.placement.overview import on_gpu, overview, overviews
 from rlhf_ray.placement.shapes import ModelShape, find_shape, shape_from_config
 
 # 10 million parameters in matrices: a layer of 2.5, an embedding of 5.
@@ -163,6 +165,40 @@ def test_main_memory_counts_for_an_offloaded_optimizer():
     assert overview(config, [Node(name="box", cpus=64, gpus=1, gpu_memory_gib=80, memory_gib=15)]).problems == []
     (problem,) = overview(config, [Node(name="box", cpus=64, gpus=1, gpu_memory_gib=80, memory_gib=14)]).problems
     assert problem.startswith("main memory of box: 14.7 GiB needed of 14.0 (policy 7.4, critic 7.4); set training.offl")
+
+
+def test_groups_that_take_turns_need_the_larger_of_both_turns():
+    for share, turn in ((0.6, "engines"), (0.1, "trainers")):
+        config = load_config("configs/one_gpu.yaml", [f"rollout.gpu_memory_utilization={share}"], "ppo")
+        found = overview(config, box(80))
+        ((_, contents),) = found.contents.items()
+        assert dict(contents) == {"policy": 1, "critic": 1, "rollout": 1, "reference": 1, "reward": 1}
+        sizes = {name: each.total for name, each in found.estimates.items()}
+        rest = {name: found.estimates[name].at_rest or 0.0 for name in ("policy", "critic", "rollout")}
+        p = 494_032_768
+        # bf16 weights, a reduction bucket, for the policy two transfer buckets, and the process; no optimizer.
+        assert rest["policy"] == pytest.approx(2 * p + 2 * 500e6 + 2 * 64 * 2**20 + 1.2 * GIB, rel=1e-3)
+        assert rest["rollout"] == pytest.approx(1.2 * GIB)
+        assert found.estimates["policy"].offloaded == pytest.approx(12 * p, rel=1e-3)
+        always = sizes["reference"] + sizes["reward"]
+        turns = {
+            "engines": sizes["rollout"] + rest["policy"] + rest["critic"] + always,
+            "trainers": rest["rollout"] + sizes["policy"] + sizes["critic"] + always,
+        }
+        assert max(turns, key=turns.__getitem__) == turn
+        assert on_gpu(contents, found.estimates) == pytest.approx(turns[turn])
+        together = {name: replace(each, at_rest=None) for name, each in found.estimates.items()}
+        assert on_gpu(contents, together) == pytest.approx(sum(sizes.values()))
+
+
+def test_a_change_that_main_memory_cannot_take_is_not_the_nearest_one():
+    tight = ["training.micro_batch_tokens=1024", "rollout.gpu_memory_utilization=0.1", "training.zero_stage=1"]
+    config = load_config("configs/one_gpu.yaml", tight, "ppo")
+    enough = Node(name="box", cpus=64, gpus=1, gpu_memory_gib=26, memory_gib=64)
+    (problem,) = overview(config, [enough]).problems
+    assert "training.offload_optimizer=true" in problem
+    (problem,) = overview(config, [enough.model_copy(update={"memory_gib": 13.0})]).problems
+    assert "training.offload_optimizer=true" not in problem
 
 
 def test_from_dict_refuses_what_a_change_makes_wrong():

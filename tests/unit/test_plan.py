@@ -63,6 +63,25 @@ def test_the_plan_has_one_bundle_per_process_in_group_order():
     )
 
 
+def test_groups_that_share_have_one_bundle_a_rank():
+    gpus = ["policy.gpus=0.4", "critic.gpus=0.2", "rollout.gpus=0.4", "rollout.cpus=1.5"]
+    equal = ["critic.processes=2", "rollout.engines=2", "rollout.kv_cache_gib="]
+    plan = make_plan(ppo(*gpus, *equal, "placement.share=[[rollout, critic, policy]]"))
+    together = {"CPU": 3.5, "GPU": 1.0}
+    assert plan.bundles == [together, together, {"CPU": 1.0}, {"CPU": 1.0}]
+    assert plan.groups == {"policy": [0, 1], "rollout": [0, 1], "reference": [2], "reward": [3], "critic": [0, 1]}
+    assert plan.groups_of()[0] == ("policy", "rollout", "critic")
+    assert plan.takes("critic") == {"CPU": 1.0, "GPU": 0.2} and plan.takes("reward") == {"CPU": 1.0}
+    assert plan.parts() == [("PACK", [0, 1, 2, 3])]
+    assert plan.needed("GPU") == 2.0
+    # No group of the three can have fewer processes than the others, so none is asked to.
+    (lack,) = shortfalls(plan, {"CPU": 9.0, "GPU": 1.0})
+    assert lack.startswith(
+        "GPU: the run needs 2 (policy 2 x 0.4, rollout 2 x 0.4, critic 2 x 0.2) and the cluster has 1"
+    )
+    assert "lower policy.processes from" not in lack and "add 1 GPU" in lack
+
+
 def test_bundles_are_not_shared_objects():
     bundles = make_plan(ppo()).bundles
     assert len({id(bundle) for bundle in bundles}) == len(bundles)
