@@ -44,6 +44,12 @@ def _check_set(config: "PPOConfig", together: list[str], problems: Problems) -> 
     if round(sum(gpus.values()), 6) > 1:
         parts = ", ".join(f"`{name}.gpus` {gpus[name]:g}" for name in together)
         problems.add(KEY, f"needs more than one GPU for a process of each ({parts}); let them add up to 1 at most")
+    if max(counts.values()) > 1 and 0 < round(sum(gpus.values()), 6) <= 0.5:
+        problems.add(
+            KEY,
+            f"takes {sum(gpus.values()):g} of a GPU for a rank of each group, and two ranks of one group could sit on "
+            "one GPU; let their `gpus` add up to more than half",
+        )
     for name in together:
         if name in config.placement.spread:
             problems.add("placement.spread", f"names {name}, which shares (`{KEY}`); take it out of either")

@@ -37,7 +37,9 @@ class Groups:
 
 @contextmanager
 def running_groups(config: PPOConfig, tokenizer: Any, tokenizer_folder: str, logs: Path) -> Iterator[Groups]:
-    """All groups, started side by side, connected for weight transfer; they are gone after the block.
+    """All groups, connected for weight transfer; they are gone after the block.
+
+    They start side by side, but for engines that share GPUs with trainers, which start last.
 
     Raises:
         ResourceError: the cluster cannot hold them.
@@ -58,12 +60,12 @@ def running_groups(config: PPOConfig, tokenizer: Any, tokenizer_folder: str, log
         stack.callback(scorer.stop)
         for pending in (policy.start(), critic.start()):
             pending.result()
+        scorer.start()
         turns = Turns(config, {"policy": policy, "critic": critic}, rollout)
         if turns.taken:
-            # An engine measures what memory is left for it as it starts.
+            # An engine counts as its own what others take of its GPU while it starts.
             turns.to_engines()
             rollout.launch()
-        scorer.start()
         importing = policy.prepare_to_send()  # takes seconds, which pass while the engines still start
         rollout.start()
         importing.result()

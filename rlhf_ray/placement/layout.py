@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rlhf_ray.placement.inventory import Node
-from rlhf_ray.placement.plan import Plan
+from rlhf_ray.placement.plan import RESOURCE_KEYS, Plan
 
 ROUNDING = 1e-6
 
@@ -134,12 +134,14 @@ def misfits(plan: Plan, nodes: list[Node]) -> list[str]:
 
     What the cluster lacks as a whole is `plan.shortfalls`.
     """
-    return [words for group in plan.groups if (words := _misfit(plan, group, nodes))]
+    found = [words for group in plan.groups if (words := _misfit(plan, group, nodes))]
+    return list(dict.fromkeys(found))  # groups that share say the same
 
 
 def _misfit(plan: Plan, group: str, nodes: list[Node]) -> str | None:
     first, count = plan.groups[group][0], len(plan.groups[group])
-    bundle, labels = plan.bundles[first], plan.labels_of(plan.groups_of()[first])
+    bundle, groups = plan.bundles[first], plan.groups_of()[first]
+    labels, who = plan.labels_of(groups), " with ".join(groups)
     said = ", ".join(f"{name}={value}" for name, value in labels.items())
     labelled = [n for n in nodes if all(n.labels.get(name) == value for name, value in labels.items())]
     if not labelled:
@@ -147,8 +149,8 @@ def _misfit(plan: Plan, group: str, nodes: list[Node]) -> str | None:
         given = {pair for node in nodes for pair in node.labels.items() if not pair[0].startswith("ray.io/")}
         known = [f"{name}={value}" for name, value in sorted(given)]
         return (
-            f"{group}: no node has the label {said}, and the labels of the nodes are {', '.join(known) or 'none'}; "
-            f"change placement.labels.{group}, or label nodes"
+            f"{who}: no node has the label {said}, and the labels of the nodes are {', '.join(known) or 'none'}; "
+            f"change placement.labels.{next(name for name in groups if plan.labels.get(name))}, or label nodes"
         )
     where = f"nodes with {said}" if labels else "nodes"
     able = [n for n in labelled if all(n.amounts.get(name, 0.0) + ROUNDING >= a for name, a in bundle.items())]
@@ -156,9 +158,11 @@ def _misfit(plan: Plan, group: str, nodes: list[Node]) -> str | None:
         needs = " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
         largest = {name: max(n.amounts.get(name, 0.0) for n in labelled) for name in bundle}
         has = " and ".join(f"{amount:g} {name}" for name, amount in largest.items())
-        gpu = largest.get("GPU", 0.0) + ROUNDING < bundle.get("GPU", 0.0)
-        key = "rollout.tensor_parallel" if gpu and group == "rollout" else f"{group}.{'gpus' if gpu else 'cpus'}"
-        return f"{group}: a process needs {needs} on one node, and the {where} have at most {has} each; lower {key}"
+        short = "GPU" if largest.get("GPU", 0.0) + ROUNDING < bundle.get("GPU", 0.0) else "CPU"
+        most = max(groups, key=lambda name: plan.share(name, short))
+        key = "rollout.tensor_parallel" if (most, short) == ("rollout", "GPU") else f"{most}.{RESOURCE_KEYS[short]}"
+        what = "a process" if len(groups) == 1 else "a process of each"
+        return f"{who}: {what} needs {needs} on one node, and the {where} have at most {has} each; lower {key}"
     if group in plan.spread and count > len(able):
         return (
             f"{group}: placement.spread puts its {count} processes on a node each, and {len(able)} {where} can hold "

@@ -117,21 +117,30 @@ def _ppo(config: PPOConfig, gpu_memory_gib: float | None, shapes: Shapes) -> dic
         found["critic"] = trainer(
             critic, config.training, config.critic.processes, on_gpu=config.critic.gpus > 0, scalar=True
         )
-    return _in_turns(config, found)
+    return _in_turns(config, found, {"policy": policy, "critic": critic})
 
 
-def _in_turns(config: PPOConfig, found: dict[str, Estimate]) -> dict[str, Estimate]:
+def _in_turns(
+    config: PPOConfig, found: dict[str, Estimate], shapes: dict[str, ModelShape | None]
+) -> dict[str, Estimate]:
     """Where engines and trainers share GPUs: an engine that sleeps keeps its context, a trainer all but its optimizer.
 
-    The optimizer's states are then in main memory, at the peak of that.
+    The critic scores meanwhile, and the policy sends. The optimizer's states are then in main memory.
     """
     together = {"rollout", *config.placement.partners("rollout")}
-    trainers = [name for name in ("policy", "critic") if name in together and name in found]
-    if not trainers or not found[trainers[0]].on_gpu:
+    resting = [(name, shape) for name, shape in shapes.items() if name in together and shape is not None]
+    if not config.rollout.gpus or not resting:
         return found
-    for name in trainers:
+    training, b = config.training, BYTES[config.training.dtype]
+    for name, shape in resting:
         each = found[name]
         kept = sum(each.parts[part] for part in ("weights", "buffers", "process"))
+        if training.zero_stage == 3:
+            kept += each.parts["gradients"]
+        if name == "critic":
+            kept += _passing(shape, training.micro_batch_tokens) * b
+        else:  # one buffer, of the largest parameter
+            kept += max(0.0, float(shape.vocab) * shape.hidden * BYTES[config.rollout.dtype] - 2 * BUCKET_BYTES)
         found[name] = replace(each, offloaded=each.offloaded or each.parts["optimizer"], at_rest=kept)
     if "rollout" in found:
         found["rollout"] = replace(found["rollout"], at_rest=found["rollout"].parts["process"])

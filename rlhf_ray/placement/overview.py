@@ -84,7 +84,7 @@ def overview(config: StageConfig, nodes: list[Node], shapes: Shapes = find_shape
     estimates = estimate(config, gpu_memory, shapes)
     problems = shortfalls(plan, _totals(nodes)) or misfits(plan, nodes) or crowding(plan, layout)
     problems += _over_gpu_memory(config, nodes, contents, estimates, shapes)
-    problems += _over_main_memory(plan, layout, nodes, estimates)
+    problems += _over_main_memory(config, plan, layout, nodes, estimates)
     problems += _too_little_cache(config, estimates, shapes)
     unknown = [name for name in plan.groups if name not in estimates]
     notes = [f"{name}: its memory is not known, since the model's shape or the GPU's memory is not" for name in unknown]
@@ -167,7 +167,7 @@ def nearest_change(
         plan, estimates = make_plan(other), estimate(other, gpu_memory_gib, shapes)
         if on_gpu(mix, estimates) > gpu_memory_gib * GIB or shortfalls(plan, _totals(nodes)):
             return False
-        return not _over_main_memory(plan, lay_out(plan, nodes), nodes, estimates)
+        return not _over_main_memory(other, plan, lay_out(plan, nodes), nodes, estimates)
 
     for change in candidates:
         if fits([change]):
@@ -192,13 +192,15 @@ def _changes(config: StageConfig, group: str) -> Iterator[str]:
             yield from (f"training.zero_stage={stage}" for stage in range(training.zero_stage + 1, 4))
         if not training.offload_optimizer:
             yield "training.offload_optimizer=true"
-        yield from (f"{group}.processes={processes * factor}" for factor in (2, 4, 8))
+        if not config.placement.partners(group):  # those that share are as many as their partners
+            yield from (f"{group}.processes={processes * factor}" for factor in (2, 4, 8))
     elif isinstance(config, PPOConfig) and group == "rollout":
         share = round(config.rollout.gpu_memory_utilization, 2)
         while share > 0.15:
             share = round(share - 0.05, 2)
             yield f"rollout.gpu_memory_utilization={share:g}"
-        yield from (f"rollout.tensor_parallel={config.rollout.tensor_parallel * factor}" for factor in (2, 4, 8))
+        if not config.placement.partners(group):
+            yield from (f"rollout.tensor_parallel={config.rollout.tensor_parallel * factor}" for factor in (2, 4, 8))
     elif isinstance(config, PPOConfig):
         section = config.reference if group == "reference" else config.reward
         yield from _halved(f"{group}.micro_batch_tokens", section.micro_batch_tokens, _longest(config))
@@ -220,7 +222,9 @@ def _processes(config: StageConfig, group: str) -> int:
     return int(getattr(config, group).processes)
 
 
-def _over_main_memory(plan: Plan, layout: Layout, nodes: list[Node], estimates: Mapping[str, Estimate]) -> list[str]:
+def _over_main_memory(
+    config: StageConfig, plan: Plan, layout: Layout, nodes: list[Node], estimates: Mapping[str, Estimate]
+) -> list[str]:
     """Nodes whose main memory is too small for CPU processes and offloaded states, a sentence for each such mix."""
     counts: dict[int, Counter[str]] = {}
     for seat in layout.seats:
@@ -233,10 +237,11 @@ def _over_main_memory(plan: Plan, layout: Layout, nodes: list[Node], estimates: 
         if node.memory_gib is None or sum(needed.values()) <= node.memory_gib * GIB:
             continue
         parts = ", ".join(f"{group} {size / GIB:.1f}" for group, size in needed.items())
-        offloads = any(estimates[group].offloaded for group in groups)
-        change = (
-            "set training.offload_optimizer=false" if offloads else "lower training.micro_batch_tokens or processes"
-        )
+        change = "lower training.micro_batch_tokens or processes"
+        if any(estimates[group].at_rest is not None for group in groups):
+            change = "take trainers out of placement.share, where their optimizers go to main memory"
+        elif any(estimates[group].offloaded for group in groups):
+            change = "set training.offload_optimizer=false"
         found[tuple(sorted(groups.items()))] = (
             f"main memory of {node.name}: {sum(needed.values()) / GIB:.1f} GiB needed of {node.memory_gib:.1f} "
             f"({parts}); {change}, or use a larger node"

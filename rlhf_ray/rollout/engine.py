@@ -74,6 +74,9 @@ class RolloutEngine:
             # The worker then runs inside vLLM's engine process: one process less to start, and no hop a step. vLLM on
             # CPU takes a worker process otherwise, to set its threads; here the actor's environment has set them.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if spec.backend == "ipc":
+            # Handles of GPU memory travel to vLLM's own process as pickles; nobody else writes to its socket.
+            os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 

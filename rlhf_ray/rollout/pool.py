@@ -154,7 +154,14 @@ class RolloutPool:
         }
 
     def sleep(self) -> None:
-        """Let the engines drop weights and cache, which they get back at the next transfer."""
+        """Let the engines drop weights and cache, which they get back at the next transfer.
+
+        Those that still start are waited for: their memory is wanted by others now.
+        """
+        for rank, (engine, up) in self._joining.items():
+            with suppress(EngineError):  # one that failed to start is started again at the next transfer
+                get(up, f"rollout-{rank}: start-up", START_TIMEOUT_S)
+                get(engine.sleep.remote(), f"rollout-{rank}: sleep", self._timeout_s)
         self._on_all("sleep")
 
     def serve_random_weights(self) -> None:

@@ -87,6 +87,7 @@ class WeightSender:
         world_size = 1 + len(engines) * workers_per_engine
         host = ray.util.get_node_ip_address()
         source = TrainerSource(trainer, dtype)
+        self._frees_buffer = backend == "ipc"  # the engine beside it wants the memory for its cache
         info: Any
         with ExitStack() as stack:
             if backend == "ipc":
@@ -108,3 +109,5 @@ class WeightSender:
     def send(self) -> None:
         """Send every parameter to every engine."""
         self._engine.send_weights()
+        if self._frees_buffer:
+            torch.cuda.empty_cache()

@@ -25,8 +25,6 @@ def free_optimizer(engine: Any, stage: int, *, pin: bool) -> None:
     engine.optimizer.empty_partition_cache()
     for tensor in _states_of_stage_3(engine):
         tensor.data = torch.empty_like(tensor, device="cpu", pin_memory=pin).copy_(tensor)
-    if pin:
-        torch.cuda.empty_cache()
 
 
 def restore_optimizer(engine: Any, stage: int) -> None:
@@ -42,6 +40,7 @@ def restore_optimizer(engine: Any, stage: int) -> None:
 
 def _states_of_stage_3(engine: Any) -> Iterator[Tensor]:
     """What DeepSpeed itself moves in stage 3 for its own FusedAdam alone, though any AdamW has the same."""
-    yield from engine.optimizer.fp32_partitioned_groups_flat
+    if engine.bfloat16_enabled():  # in fp32 the master weights are the weights
+        yield from engine.optimizer.fp32_partitioned_groups_flat
     for state in engine.optimizer.optimizer.state.values():
         yield from (state[name] for name in MOMENTS if name in state)

@@ -243,6 +243,8 @@ class Trainer:
         """
         if not self.spec.section.offload_optimizer:  # they are there already
             free_optimizer(self.engine, self.spec.section.zero_stage, pin=self.spec.gpu)
+        if self.spec.gpu:
+            torch.cuda.empty_cache()  # what the last step took, too
 
     def restore_optimizer(self) -> None:
         """Take back what `free_optimizer` moved."""

@@ -61,6 +61,16 @@ from rlhf_ray.config.load import CONFIGS
         ),
         (
             "ppo",
+            [
+                "placement.share=[[policy, rollout]]",
+                "policy={path: p, processes: 2, gpus: 0.25}",
+                "rollout={engines: 2, gpus: 0.25}",
+            ],
+            "placement.share: takes 0.5 of a GPU for a rank of each group, and two ranks of one group could sit on one "
+            "GPU; let their `gpus` add up to more than half",
+        ),
+        (
+            "ppo",
             ["placement.share=[[policy, rollout]]", "policy.processes=2"],
             "placement.share: pairs groups rank by rank, and they differ in number (`policy.processes` 2, "
             "`rollout.engines` 1); make them equal",

@@ -80,6 +80,15 @@ def test_groups_that_share_sit_on_the_same_gpus_rank_by_rank():
         assert [(seat.node, seat.gpus) for seat in seats if seat.group == group] == places
 
 
+def test_groups_that_share_and_fit_no_node_are_named_together_once():
+    portions = {"policy": {"CPU": 2.0}, "rollout": {"CPU": 7.0}}
+    plan = Plan([{"CPU": 9.0}], {"policy": [0], "rollout": [0]}, portions=portions)
+    assert misfits(plan, nodes(2)) == [
+        "policy with rollout: a process of each needs 9 CPU on one node, and the nodes have at most 8 CPU each; lower "
+        "rollout.cpus"
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "bundle", "message"),
     [
