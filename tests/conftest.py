@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,10 @@ from hypothesis import settings
 # Property tests measure nothing: on a busy machine a first example takes as long as it takes.
 settings.register_profile("rlhf_ray", deadline=None)
 settings.load_profile("rlhf_ray")
+
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts and sends one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
