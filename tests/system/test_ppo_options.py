@@ -85,9 +85,9 @@ def test_groups_that_share_on_a_cpu_sit_together_and_do_not_sleep(
     ray_cluster: None, shared: Shared, caplog: pytest.LogCaptureFixture
 ):
     config = functions_only(shared.inputs, "sharing", placement={"share": [["policy", "rollout"]]})
-    nodes = placement_group_table()
-    (bundles,) = [group["bundles"] for group in nodes.values() if group["state"] == "CREATED"]
-    assert sorted(bundle["CPU"] for bundle in bundles.values()) == [0.25, 0.25, 0.5, 1.0]
+    # Other tests' groups may be there, too.
+    held = [group["bundles"] for group in placement_group_table().values() if group["state"] == "CREATED"]
+    assert [0.25, 0.25, 0.5, 1.0] in [sorted(bundle["CPU"] for bundle in bundles.values()) for bundles in held]
     with caplog.at_level("INFO", logger="rlhf_ray.driver.turns"):
         Turns(config, {"policy": shared.groups.policy}, shared.groups.rollout)
     assert "rollout shares its place with policy; on a CPU engines do not sleep" in caplog.text
