@@ -51,6 +51,8 @@ def draw(found: list[Overview], nodes: list[Node], console: Console) -> None:
     for one in found:
         console.print(f"[bold]{one.stage}[/bold]")
         console.print(_groups(one))
+        for line in _bundles(one):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         for line in _nodes(one, nodes):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         for note in one.notes:
@@ -77,6 +79,19 @@ def _groups(one: Overview) -> Table:
         sizes += ["" if each is None else _gib(each.offloaded)] * offloads
         table.add_row(group, str(len(bundles)), f"{taken.get('CPU', 0):g}", f"{taken.get('GPU', 0):g}", *sizes)
     return table
+
+
+def _bundles(one: Overview) -> list[str]:
+    """A line for each placement group: Ray's strategy, and how many bundles of which processes."""
+    lines = []
+    for strategy, indices in one.plan.parts():
+        kinds: dict[str, int] = {}
+        for index in indices:
+            amounts = ", ".join(f"{amount:g} {name}" for name, amount in one.plan.bundles[index].items())
+            kind = f"{' with '.join(one.plan.groups_of()[index])} ({amounts})"
+            kinds[kind] = kinds.get(kind, 0) + 1
+        lines.append(f"{strategy}: " + "; ".join(f"{count} x {kind}" for kind, count in kinds.items()))
+    return lines
 
 
 def _gib(size: float) -> str:

@@ -1,14 +1,16 @@
 """What a process does, as it does it: spans for the timeline of a run, and metrics that Ray exports to Prometheus.
 
 Each process of a run appends its spans to `trace/<actor>.jsonl` in the run directory, one JSON object each: `name`,
-`start` and `end` in seconds since the epoch, and what else was given. `tracking/timeline.py` reads them.
+`start` and `end` in seconds since the epoch, and what else was given. `tracking/timeline.py` reads them. Once a second
+it also writes what it does now to `trace/<actor>.now`, for `tracking/status.py`.
 """
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +22,8 @@ from rlhf_ray.tracking.logs import ACTOR, LOGS
 from rlhf_ray.tracking.prometheus_names import METRICS, STATES, TAGS
 
 TRACE = "trace"
+NOW = ".now"  # suffix of the files that say what a process does now
+NOW_EVERY_S = 1.0
 STATE_VALUES = {state: value for value, state in STATES.items()}
 
 
@@ -44,9 +48,12 @@ class Activity:
             for name, metric in METRICS.items():
                 self._metrics[name] = kinds[metric.kind](name, metric.description, tag_keys=TAGS)
                 self._metrics[name].set_default_tags(tags)
-        self._under_way = 0
-        self._since = 0.0
+        self._open: dict[int, tuple[str, float]] = {}  # spans under way: name and start
+        self._since = time.time()
+        self._now: dict[str, Any] = {}  # last value of each metric
         self._set("rlhf_state", STATE_VALUES["idle"])
+        if run_dir is not None:
+            threading.Thread(target=self._tell, args=(run_dir / TRACE / f"{actor}{NOW}",), daemon=True).start()
 
     @contextmanager
     def busy(self, name: str, *, tokens: int = 0, responses: int = 0, **details: Any) -> Iterator[None]:
@@ -59,20 +66,22 @@ class Activity:
             details: what else the span says, as JSON.
         """
         start = time.time()
-        if self._under_way == 0:
+        if not self._open:
             self._since = start
             self._set("rlhf_state", STATE_VALUES["busy"])
-        self._under_way += 1
-        self._set("rlhf_queue", self._under_way)
+        span = object()
+        self._open[id(span)] = (name, start)
+        self._set("rlhf_queue", len(self._open))
         try:
             yield
         finally:
             end = time.time()
-            self._under_way -= 1
-            self._set("rlhf_queue", self._under_way)
-            if self._under_way == 0:
+            del self._open[id(span)]
+            self._set("rlhf_queue", len(self._open))
+            if not self._open:
                 self._set("rlhf_state", STATE_VALUES["idle"])
                 self._add("rlhf_busy_seconds_total", end - self._since)
+                self._since = end
             if tokens:
                 self._set("rlhf_tokens_per_second", tokens / max(end - start, 1e-6))
             self._add("rlhf_tokens_total", tokens)
@@ -94,11 +103,25 @@ class Activity:
         self._set("rlhf_weight_version", version)
         self._add("rlhf_weight_transfers_total", 1)
 
+    def _tell(self, file: Path) -> None:
+        """Write what the process does now, again and again: a file that is old is a process that is gone or hangs."""
+        while True:
+            under_way = list(self._open.values())
+            name, since = under_way[-1] if under_way else ("idle", self._since)
+            now = {"doing": name, "since": since, "told": time.time(), "process": os.getpid(), **self._now}
+            with suppress(OSError):  # the directory is gone, or its disk is full: the run itself will say so
+                temporary = file.with_name(f".{file.name}.tmp")
+                temporary.write_text(json.dumps(now) + "\n", encoding="utf-8")
+                temporary.replace(file)  # whole for its readers; that it outlives a power cut is not needed
+            time.sleep(NOW_EVERY_S)
+
     def _set(self, name: str, value: float) -> None:
+        self._now[name] = value
         if name in self._metrics:
             self._metrics[name].set(value)
 
     def _add(self, name: str, value: float) -> None:
+        self._now[name] = self._now.get(name, 0) + value
         if name in self._metrics and value > 0:
             self._metrics[name].inc(value)
 

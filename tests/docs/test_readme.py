@@ -4,7 +4,7 @@ Commands that would take minutes or the network run in a short form:
 
 * `make TARGET` as `make -n TARGET`;
 * `rlhf-ray sft|reward|dpo|ppo|pipeline|generate|submit` with `--dry-run` appended, `rlhf-ray
-  demo|doctor|jobs|logs|stop|scale|timeline`
+  demo|doctor|jobs|logs|stop|scale|status|timeline`
   with `--help`, in this process;
 * `ray ...` with `--help`, and the `rlhf-ray` command inside `ray job submit ... -- rlhf-ray ...` as above;
 * commands that install, and those of programs that talk to a cluster (`kubectl`, `sbatch`, ...), are checked by the
@@ -64,7 +64,7 @@ def short_forms(words: list[str]) -> list[list[str]]:
         return [words if words[-1] == "--dry-run" else [*words, "--dry-run"]]
     if words[:2] == ["rlhf-ray", "plan"]:
         return [words]
-    if words[0] == "rlhf-ray" and words[1] in ("bench", "demo", "doctor", "scale", "timeline", *JOBS):
+    if words[0] == "rlhf-ray" and words[1] in ("bench", "demo", "doctor", "scale", "status", "timeline", *JOBS):
         return [[*words, "--help"]]
     raise AssertionError(f"no rule says how to run {shlex.join(words)!r}")
 

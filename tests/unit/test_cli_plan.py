@@ -23,6 +23,8 @@ def test_the_picture_shows_groups_nodes_and_the_verdict(run):
     (policy,) = [line for line in out.splitlines() if line.endswith("policy 0-31")]
     assert policy.startswith("  GPU 0-7 ")
     assert "of 180" in policy
+    (bundles,) = [line for line in out.splitlines() if line.startswith("PACK: ")]
+    assert "32 x policy (" in bundles and "8 x rollout (" in bundles
     assert out.rstrip().endswith("It fits.")
 
 
