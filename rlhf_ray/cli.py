@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlhf_ray import __version__, cli_bench, cli_doctor, cli_jobs, cli_plan, cli_scale, cli_status, cli_timeline
+from rlhf_ray import (
+    __version__,
+    cli_bench,
+    cli_doctor,
+    cli_jobs,
+    cli_plan,
+    cli_scale,
+    cli_status,
+    cli_timeline,
+    cli_verify,
+)
 from rlhf_ray.errors import ConfigError, RlhfError
 
 if TYPE_CHECKING:
@@ -28,6 +38,7 @@ app.add_typer(cli_doctor.app)
 app.add_typer(cli_scale.app)
 app.add_typer(cli_status.app)
 app.add_typer(cli_timeline.app)
+app.add_typer(cli_verify.app)
 app.add_typer(cli_bench.app)
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The configuration.", show_default=False)]

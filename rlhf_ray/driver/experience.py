@@ -172,6 +172,7 @@ def _samples(
         rows.append(
             {
                 "uid": one.trajectory.uid,
+                "sample": one.trajectory.sample,
                 "prompt": content if isinstance(content, str) else "\n".join(m["content"] for m in content),
                 "completion": one.text,
                 "score": score,
@@ -180,6 +181,7 @@ def _samples(
                 "length": len(one.trajectory.response_ids),
                 "finish_reason": one.trajectory.finish_reason,
                 "weight_version": one.trajectory.versions[-1].version,
+                "oldest_version": min(span.version for span in one.trajectory.versions),
             }
         )
     return rows

@@ -134,12 +134,12 @@ class RunDirectory:
             if int(table.stem.removeprefix("step_")) > step:
                 table.unlink()
         if self.metrics.exists():
-            kept = [line for line, row in self._metric_lines() if row["step"] <= step]
+            kept = [line for line, row in metric_rows(self.metrics) if row["step"] <= step]
             write_text(self.metrics, "".join(f"{line}\n" for line in kept))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The metrics written so far, one dictionary a step."""
-        return [row for _, row in self._metric_lines()] if self.metrics.exists() else []
+        return [row for _, row in metric_rows(self.metrics)]
 
     def load_state(self) -> dict[str, Any]:
         """What `save_state` saved, and the run's identity under `identity`."""
@@ -209,17 +209,25 @@ class RunDirectory:
                 "restore these values to continue that run, or change `run.dir` to start a new one"
             )
 
-    def _metric_lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        lines = self.metrics.read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                row["step"]
-            except (json.JSONDecodeError, TypeError, KeyError) as error:
-                if number == len(lines):
-                    logger.warning("the last line of %s was cut short and is ignored", self.metrics)
-                    return
-                raise StageError(
-                    f"{self.metrics}, line {number}: no metrics object ({error}); remove the line or change `run.dir`"
-                ) from error
-            yield line, row
+
+def metric_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Line and object of each step in a file of metrics; a last line that a crash has cut is left out.
+
+    Raises:
+        StageError: another line is damaged.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            row["step"]
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            if number == len(lines):
+                logger.warning("the last line of %s was cut short and is ignored", path)
+                break
+            raise StageError(
+                f"{path}, line {number}: no metrics object ({error}); remove the line or change `run.dir`"
+            ) from error
+        found.append((line, row))
+    return found

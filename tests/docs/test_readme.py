@@ -4,7 +4,7 @@ Commands that would take minutes or the network run in a short form:
 
 * `make TARGET` as `make -n TARGET`;
 * `rlhf-ray sft|reward|dpo|ppo|pipeline|generate|submit` with `--dry-run` appended, `rlhf-ray
-  demo|doctor|jobs|logs|stop|scale|status|timeline`
+  demo|doctor|jobs|logs|stop|scale|status|timeline|verify`
   with `--help`, in this process;
 * `ray ...` with `--help`, and the `rlhf-ray` command inside `ray job submit ... -- rlhf-ray ...` as above;
 * commands that install, and those of programs that talk to a cluster (`kubectl`, `sbatch`, ...), are checked by the
@@ -36,6 +36,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "cluster/README.md"]
 STAGES = ("sft", "reward", "dpo", "ppo", "pipeline", "generate")
 # Programs that need what a test has not: a cluster, a daemon, a queue, or the shell that the page's reader types into.
 OUTSIDE = ("docker", "kubectl", "helm", "sbatch", "squeue", "chmod", "export")
+OTHERS = ("bench", "demo", "doctor", "scale", "status", "timeline", "verify")
 JOBS = ("jobs", "logs", "stop")
 
 
@@ -60,11 +61,7 @@ def short_forms(words: list[str]) -> list[list[str]]:
         return [[*words[:2], "--help"]]
     if words[0] == "make":
         return [["make", "-n", *words[1:]]]
-    if words[0] == "rlhf-ray" and words[1] in (*STAGES, "submit"):
-        return [words if words[-1] == "--dry-run" else [*words, "--dry-run"]]
-    if words[:2] == ["rlhf-ray", "plan"]:
-        return [words]
-    if words[0] == "rlhf-ray" and words[1] in ("bench", "demo", "doctor", "scale", "status", "timeline", *JOBS):
+    if words[0] == "rlhf-ray" and words[1] in (*OTHERS, *JOBS):
         return [[*words, "--help"]]
     raise AssertionError(f"no rule says how to run {shlex.join(words)!r}")
 

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_ray.config import PPOConfig, dump_config, from_dict, load_config
 from rlhf_ray.driver import ppo
 from rlhf_ray.driver.control import ask_for_engines, wanted_engines
+from rlhf_ray.driver.verify import verify
 from rlhf_ray.errors import RunStopped, StageError
 from rlhf_ray.rollout.pool import RolloutPool
 from rlhf_ray.stages.ppo import train_ppo
@@ -132,6 +133,10 @@ def test_the_sampled_table_holds_every_response_and_reward_component(whole_run: 
         assert sum(sample["score"] for sample in samples) / 16 == pytest.approx(row["objective/scores"], abs=1e-5)
         assert sum(sample["kl"] for sample in samples) / 16 == pytest.approx(row["objective/kl"], abs=1e-4)
         assert sum(sample["length"] for sample in samples) / 16 == pytest.approx(row["completions/mean_length"])
+
+
+def test_every_prompt_token_and_checkpoint_is_accounted_for(whole_run: PPOConfig):
+    assert {one.subject: one.problem for one in verify(Path(whole_run.run.dir)) if one.problem} == {}
 
 
 def test_the_run_directory_is_complete(whole_run: PPOConfig):
@@ -307,6 +312,12 @@ def test_a_stopped_and_killed_run_ends_with_the_numbers_of_one_that_was_not(
         assert tables[0].equals(tables[1])
 
 
+def test_nothing_is_lost_or_doubled_by_a_stop_and_a_kill(interrupted_run: dict[str, Any]):
+    found = verify(Path(interrupted_run["config"].run.dir))
+    assert {one.subject: one.problem for one in found if one.problem} == {}
+    assert any(one.subject.startswith("checkpoint") for one in found)
+
+
 def test_a_stopped_and_killed_run_ends_with_the_same_weights_bit_for_bit(
     whole_run: PPOConfig, interrupted_run: dict[str, Any]
 ):
@@ -386,6 +397,10 @@ def test_nothing_is_lost_or_repeated_and_every_number_is_that_of_one_engine(whol
         name = f"samples/step_{step:06d}.parquet"
         tables = [pq.read_table(Path(config.run.dir) / name) for config in (whole_run, elastic)]
         assert tables[0].equals(tables[1])
+
+
+def test_the_directory_of_a_scaled_run_accounts_for_everything(elastic: PPOConfig):
+    assert {one.subject: one.problem for one in verify(Path(elastic.run.dir)) if one.problem} == {}
 
 
 def test_no_process_of_an_engine_outlives_it(elastic: PPOConfig):

@@ -1,0 +1,147 @@
+"""Whether what a run left behind accounts for every prompt, every token's weights and every checkpoint. Starts nothing.
+
+A PPO run writes a row for each response of each iteration it finished (`samples/`), so this folder is the ledger:
+a prompt that was drawn, sampled and scored but whose iteration did not end is drawn again after a resume.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.config.load import load_any
+from rlhf_ray.driver.checkpoint import STATE, damage
+from rlhf_ray.errors import StageError
+from rlhf_ray.tracking.rundir import metric_rows
+
+COLUMNS = ["uid", "sample", "weight_version", "oldest_version"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked.
+
+    Attributes:
+        subject: what, in a word.
+        found: what was counted.
+        problem: what is wrong with it, in words; None where it is right.
+    """
+
+    subject: str
+    found: str
+    problem: str | None = None
+
+
+def verify(run_dir: Path) -> list[Finding]:
+    """Check a run's directory; the run may be under way, finished or broken off.
+
+    Raises:
+        StageError: there is no run.
+        ConfigError: its configuration cannot be read.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise StageError(f"{run_dir} holds no run (no config.yaml); name the directory of a run")
+    config = load_any(run_dir / "config.yaml", [])
+    rows = [row for _, row in metric_rows(run_dir / "metrics.jsonl")]
+    findings = [_metrics(rows), *_checkpoints(run_dir, len(rows))]
+    if isinstance(config, PPOConfig):
+        tables = list(_tables(run_dir, len(rows)))
+        findings += [_samples(config, tables), _draws(_num_prompts(run_dir), tables), _versions(config, tables)]
+    return findings
+
+
+def _metrics(rows: list[dict[str, Any]]) -> Finding:
+    found = f"{len(rows)} steps"
+    for expected, row in enumerate(rows):
+        if row["step"] != expected:
+            return Finding("metrics", found, f"step {row['step']} stands where step {expected} should")
+    return Finding("metrics", found)
+
+
+def _checkpoints(run_dir: Path, steps: int) -> Iterator[Finding]:
+    for folder in sorted((run_dir / "checkpoints").glob("step_*")):
+        step = int(folder.name.removeprefix("step_"))
+        problem = damage(folder)
+        if problem is None and step > steps:
+            problem = f"it is of {step} steps, and the metrics know {steps}"
+        yield Finding(f"checkpoint {folder.name}", "whole" if problem is None else "damaged", problem)
+
+
+def _tables(run_dir: Path, steps: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each step that the metrics know; a later table is of a step that did not end."""
+    for step in range(steps):
+        file = run_dir / "samples" / f"step_{step:06d}.parquet"
+        yield pq.read_table(file, columns=COLUMNS).to_pylist() if file.is_file() else []
+
+
+def _samples(config: PPOConfig, tables: list[list[dict[str, Any]]]) -> Finding:
+    """Every prompt of an iteration has each of its samples once."""
+    wanted = config.ppo.prompts_per_iteration
+    samples = set(range(config.rollout.samples_per_prompt))
+    found = f"{sum(map(len, tables))} responses"
+    for step, rows in enumerate(tables):
+        of_prompt: dict[str, list[int]] = {}
+        for row in rows:
+            of_prompt.setdefault(row["uid"], []).append(row["sample"])
+        if len(of_prompt) != wanted:
+            return Finding("responses", found, f"step {step} has {len(of_prompt)} prompts, and {wanted} were drawn")
+        for uid, numbers in of_prompt.items():
+            if sorted(numbers) != sorted(samples):
+                said = ", ".join(map(str, sorted(numbers)))
+                problem = f"step {step}, prompt {uid}: samples {said}, and each of {len(samples)} should be there once"
+                return Finding("responses", found, problem)
+    return Finding("responses", found)
+
+
+def _draws(num_prompts: int | None, tables: list[list[dict[str, Any]]]) -> Finding:
+    """Every prompt is drawn once an epoch: after t draws of n prompts, t modulo n of them once more than the others."""
+    drawn: Counter[str] = Counter()
+    how_many = Counter({0: num_prompts or 0})  # prompts that were drawn so often
+    for step, rows in enumerate(tables):
+        for uid in {row["uid"] for row in rows}:
+            prompt = uid.partition("+")[0]  # one that comes twice in an iteration has a number after it
+            how_many[drawn[prompt]] -= 1
+            drawn[prompt] += 1
+            how_many[drawn[prompt]] += 1
+        if num_prompts is None:
+            continue
+        epoch, more = divmod(drawn.total(), num_prompts)
+        # Of all that were drawn, `more` came epoch + 1 times, and every one of the others epoch times.
+        if how_many[epoch + 1] != more or how_many[epoch] != num_prompts - more:
+            prompt, often = drawn.most_common()[0]
+            problem = (
+                f"by step {step} {drawn.total()} prompts were drawn of {num_prompts}, which is {epoch} epochs and "
+                f"{more} prompts, and prompt {prompt} came {often} times"
+            )
+            return Finding("prompts", f"{len(drawn)} prompts", problem)
+    if num_prompts is None:
+        return Finding("prompts", f"{len(drawn)} of an unknown number (no whole checkpoint, no summary): not checked")
+    return Finding("prompts", f"{drawn.total()} drawn of {num_prompts}, each once an epoch")
+
+
+def _num_prompts(run_dir: Path) -> int | None:
+    """How many prompts the run draws from, as its summary or a checkpoint says."""
+    summary = run_dir / "summary.json"
+    if summary.is_file():
+        return int(json.loads(summary.read_text(encoding="utf-8"))["prompts"])
+    for folder in sorted((run_dir / "checkpoints").glob("step_*"), reverse=True):
+        if damage(folder) is None:
+            return int(json.loads((folder / STATE).read_text(encoding="utf-8"))["order"]["num_items"])
+    return None
+
+
+def _versions(config: PPOConfig, tables: list[list[dict[str, Any]]]) -> Finding:
+    """Every token of an iteration is from the weights of its beginning: one update an iteration after the warm-up."""
+    for step, rows in enumerate(tables):
+        current = max(0, step - config.critic.warmup_iterations)
+        for row in rows:
+            if row["weight_version"] != current or row["oldest_version"] != current:
+                have = " to ".join(str(version) for version in sorted({row["oldest_version"], row["weight_version"]}))
+                problem = f"step {step}, prompt {row['uid']}: tokens of version {have}; the policy was at {current}"
+                return Finding("weights", f"{len(tables)} steps", problem)
+    return Finding("weights", f"{len(tables)} steps, each sampled from the weights of its beginning")
