@@ -50,6 +50,10 @@ class ActorDied(EngineError):
     """The process of an actor ended while something was asked of it."""
 
 
+class Stalled(EngineError):
+    """No answer came in time: something hangs, or its work takes longer than it was given."""
+
+
 class StageError(RlhfError):
     """A stage cannot start or continue, such as a run directory that already holds another run."""
 

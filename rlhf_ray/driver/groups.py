@@ -16,6 +16,7 @@ from rlhf_ray.rollout.engine import EngineSpec
 from rlhf_ray.rollout.pool import RolloutPool
 from rlhf_ray.runtime.cluster import connection
 from rlhf_ray.scoring.scorer import Scorer
+from rlhf_ray.tracking.stall import reporting_stalls
 from rlhf_ray.training.group import TrainerGroup
 from rlhf_ray.training.trainer import TrainerSpec
 
@@ -58,19 +59,20 @@ def running_groups(config: PPOConfig, tokenizer: Any, tokenizer_folder: str, log
         stack.callback(critic.stop)
         scorer = Scorer(config, placement, critic, tokenizer, tokenizer_folder)
         stack.callback(scorer.stop)
-        for pending in (policy.start(), critic.start()):
-            pending.result()
-        scorer.start()
-        turns = Turns(config, {"policy": policy, "critic": critic}, rollout)
-        if turns.taken:
-            # An engine counts as its own what others take of its GPU while it starts.
-            turns.to_engines()
-            rollout.launch()
-        importing = policy.prepare_to_send()  # takes seconds, which pass while the engines still start
-        rollout.start()
-        importing.result()
-        rollout.connect(policy)
-        yield Groups(policy, critic, rollout, scorer, turns)
+        with reporting_stalls(logs.parent):
+            for pending in (policy.start(), critic.start()):
+                pending.result()
+            scorer.start()
+            turns = Turns(config, {"policy": policy, "critic": critic}, rollout)
+            if turns.taken:
+                # An engine counts as its own what others take of its GPU while it starts.
+                turns.to_engines()
+                rollout.launch()
+            importing = policy.prepare_to_send()  # takes seconds, which pass while the engines still start
+            rollout.start()
+            importing.result()
+            rollout.connect(policy)
+            yield Groups(policy, critic, rollout, scorer, turns)
 
 
 def critic_model(config: PPOConfig) -> str:

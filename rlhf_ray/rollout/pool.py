@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import torch
 
-from rlhf_ray.errors import ActorDied, EngineError
+from rlhf_ray.errors import ActorDied, EngineError, Stalled
 from rlhf_ray.models.reading import TokenLogprobs
 from rlhf_ray.packing import Sequence as PackedSequence
 from rlhf_ray.placement.groups import Placement
@@ -183,7 +183,8 @@ class RolloutPool:
         take over what it owed, and a new one starts in its place.
 
         Raises:
-            EngineError: the last engine died, or nothing finished for the run's time limit.
+            EngineError: the last engine died.
+            Stalled: nothing finished for the run's time limit.
         """
         ranks = sorted(self._serving)
         shares: dict[int, list[SampleRequest]] = {}
@@ -204,7 +205,7 @@ class RolloutPool:
             ready, pending = ray.wait(pending, num_returns=1, timeout=self._timeout_s, fetch_local=False)
             if not ready:
                 names = ", ".join(f"rollout-{streams[stream].rank}" for stream in pending)
-                raise EngineError(f"{names}: no response finished within {self._timeout_s:g} s")
+                raise Stalled(f"{names}: no response finished within {self._timeout_s:g} s")
             for stream in ready:
                 owed = streams[stream]
                 try:

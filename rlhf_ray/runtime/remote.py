@@ -6,7 +6,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from rlhf_ray.errors import ActorDied, EngineError, RlhfError
+from rlhf_ray.errors import ActorDied, EngineError, RlhfError, Stalled
 
 START_TIMEOUT_S = 300.0  # for an actor's process to exist and import its libraries
 
@@ -20,15 +20,16 @@ def get(ref: Any, what: str, timeout_s: float) -> Any:
         timeout_s: seconds to wait at the most.
 
     Raises:
-        EngineError: the deadline passed.
+        Stalled: the deadline passed.
         ActorDied: an actor's process ended.
+        EngineError: an actor raised something else.
         RlhfError: an actor raised this package's own error; it arrives as it was raised.
     """
     started = time.monotonic()
     try:
         return ray.get(ref, timeout=timeout_s)
     except GetTimeoutError:
-        raise EngineError(
+        raise Stalled(
             f"{what}: no answer within {timeout_s:g} s. The actor may hang or be starved of CPUs; its log is in the "
             "run's folder `logs`. If the work is merely slow, raise run.timeout_s"
         ) from None

@@ -17,6 +17,7 @@ from rlhf_ray.placement.groups import reserve
 from rlhf_ray.placement.plan import make_plan
 from rlhf_ray.runtime.cluster import connection
 from rlhf_ray.stages.run import Run
+from rlhf_ray.tracking.stall import reporting_stalls
 from rlhf_ray.training.group import TrainerGroup
 from rlhf_ray.training.trainer import Objective, TrainerSpec
 
@@ -65,8 +66,9 @@ def trainer_group(config: OfflineConfig, run: Run, spec: TrainerSpec) -> Iterato
     with connection(config.run.ray_address), reserve(make_plan(config), run.directory.logs) as placement:
         trainer = TrainerGroup(spec, placement, "group", config.run.timeout_s)
         try:
-            trainer.start().result()
-            yield trainer
+            with reporting_stalls(run.directory.path):
+                trainer.start().result()
+                yield trainer
         finally:
             trainer.stop()
 

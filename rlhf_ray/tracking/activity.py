@@ -7,6 +7,7 @@ it also writes what it does now to `trace/<actor>.now`, for `tracking/status.py`
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from rlhf_ray.tracking.prometheus_names import METRICS, STATES, TAGS
 TRACE = "trace"
 NOW = ".now"  # suffix of the files that say what a process does now
 NOW_EVERY_S = 1.0
+_WHERE = {"host": socket.gethostname(), "process": os.getpid()}
 STATE_VALUES = {state: value for value, state in STATES.items()}
 
 
@@ -108,7 +110,7 @@ class Activity:
         while True:
             under_way = list(self._open.values())
             name, since = under_way[-1] if under_way else ("idle", self._since)
-            now = {"doing": name, "since": since, "told": time.time(), "process": os.getpid(), **self._now}
+            now = {"doing": name, "since": since, "told": time.time(), **_WHERE, **self._now}
             with suppress(OSError):  # the directory is gone, or its disk is full: the run itself will say so
                 temporary = file.with_name(f".{file.name}.tmp")
                 temporary.write_text(json.dumps(now) + "\n", encoding="utf-8")

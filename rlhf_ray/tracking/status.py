@@ -40,6 +40,11 @@ class ProcessStatus:
     tokens: int
     responses: int
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether it ended or hangs."""
+        return self.silent > SILENT_S
+
 
 def read_status(run_dir: Path, now: float | None = None) -> list[ProcessStatus]:
     """The processes of a run, by name.
@@ -51,11 +56,16 @@ def read_status(run_dir: Path, now: float | None = None) -> list[ProcessStatus]:
     Raises:
         StageError: the directory holds no run that has begun.
     """
-    now = time.time() if now is None else now
-    found = [_read(file, now) for file in sorted((run_dir / TRACE).glob(f"*{NOW}"))]
+    found = statuses(run_dir, now)
     if not found:
         raise StageError(f"{run_dir} holds no word of any process ({TRACE}/*{NOW}); name the directory of a run")
     return found
+
+
+def statuses(run_dir: Path, now: float | None = None) -> list[ProcessStatus]:
+    """As `read_status`, and empty where no process has said anything."""
+    now = time.time() if now is None else now
+    return [_read(file, now) for file in sorted((run_dir / TRACE).glob(f"*{NOW}"))]
 
 
 def _read(file: Path, now: float) -> ProcessStatus:
@@ -95,17 +105,16 @@ def table(processes: list[ProcessStatus]) -> Table:
     for name in ("for", "weights", "queue", "tokens/s", "tokens", "responses"):
         shown.add_column(name, justify="right", no_wrap=True)
     for one in processes:
-        silent = one.silent > SILENT_S
         shown.add_row(
             one.name,
-            f"silent (was: {one.doing})" if silent else one.doing,
-            duration(one.silent if silent else one.seconds),
+            f"silent (was: {one.doing})" if one.is_silent else one.doing,
+            duration(one.silent if one.is_silent else one.seconds),
             "" if one.version is None else f"{one.version:g}",
             str(one.queue),
             "" if one.tokens_per_second is None else f"{one.tokens_per_second:,.0f}",
             f"{one.tokens:,}" if one.tokens else "",
             f"{one.responses:,}" if one.responses else "",
-            style="red" if silent else None,
+            style="red" if one.is_silent else None,
         )
     return shown
 

@@ -1,0 +1,78 @@
+"""What every process of a run was doing when something gave no answer: a report, written before anything is ended."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rlhf_ray.errors import Stalled
+from rlhf_ray.tracking.activity import NOW, TRACE
+from rlhf_ray.tracking.rundir import write_text
+from rlhf_ray.tracking.status import ProcessStatus, duration, statuses, table
+
+FOLDER = "stalls"
+LOG_LINES = 20
+STACK_TIMEOUT_S = 20.0
+
+
+@contextmanager
+def reporting_stalls(run_dir: Path) -> Iterator[None]:
+    """A `Stalled` that leaves the block names a report, written while the processes it is about are still there."""
+    try:
+        yield
+    except Stalled as error:
+        raise Stalled(f"{error}\nWhat every process was doing: {write_report(run_dir, str(error))}") from error
+
+
+def write_report(run_dir: Path, problem: str) -> Path:
+    """Write what the processes of a run do now: all in a table, then those that are at work or silent, one by one.
+
+    Each of them comes with the last lines of its log and, where it runs on this host and py-spy may look into it, the
+    stack of each of its threads.
+
+    Returns:
+        The file, `stalls/<time>.txt` in the run's directory.
+    """
+    processes = statuses(run_dir)
+    console = Console(width=160, highlight=False)
+    with console.capture() as captured:
+        console.print(table(processes))
+    parts = [problem, captured.get()]
+    parts += [_about(run_dir, one) for one in processes if one.is_silent or one.doing != "idle"]
+    path = run_dir / FOLDER / f"{time.strftime('%Y%m%d-%H%M%S')}.txt"
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, "\n\n".join(parts) + "\n")
+    return path
+
+
+def _about(run_dir: Path, one: ProcessStatus) -> str:
+    told: dict[str, Any] = json.loads((run_dir / TRACE / f"{one.name}{NOW}").read_text(encoding="utf-8"))
+    state = f"silent for {duration(one.silent)}, before that" if one.is_silent else "at work on"
+    where = f"process {told['process']} on {told['host']}"
+    heading = f"== {one.name}, {where}: {state} {one.doing} ({duration(one.seconds)})"
+    log = run_dir / "logs" / f"{one.name}.log"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:] if log.is_file() else []
+    return "\n".join([heading, *(lines or ["(no log)"]), _stack(told["host"], told["process"])])
+
+
+def _stack(host: str, process: int) -> str:
+    if host != socket.gethostname():
+        return f"(no stack: it runs on {host})"
+    tool = shutil.which("py-spy", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
+    if tool is None:
+        return "(no stack: py-spy is not installed)"
+    try:
+        # Without stopping it: a process that is stopped already would be waited for.
+        command = [tool, "dump", "--nonblocking", "--pid", str(process)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=STACK_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return f"(no stack: py-spy gave none within {STACK_TIMEOUT_S:g} s)"
+    return done.stdout.strip() if done.returncode == 0 else f"(no stack: {done.stderr.strip()})"
