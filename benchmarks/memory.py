@@ -30,6 +30,7 @@ from rlhf_ray.placement.groups import reserve
 from rlhf_ray.placement.memory import trainer
 from rlhf_ray.placement.plan import Plan
 from rlhf_ray.placement.shapes import find_shape
+from rlhf_ray.runtime.patience import Patience
 from rlhf_ray.training.group import TrainerGroup
 from rlhf_ray.training.objectives import LanguageModeling, ValueUpdate
 from rlhf_ray.training.trainer import TrainerSpec
@@ -127,7 +128,7 @@ def measure(cell: Cell, model: str, logs: Path, *, gpu: bool) -> dict[str, Any]:
     spec = TrainerSpec("measured", model, cell.head, section, 1e-5, total_steps=10, seed=0, gpu=gpu)
     bundle = {"CPU": 1.0, "GPU": 1.0} if gpu else {"CPU": 1.0}
     with reserve(Plan([dict(bundle)] * cell.ranks, {"policy": list(range(cell.ranks))}), logs) as placement:
-        group = TrainerGroup(spec, placement, "policy", TIMEOUT_S)
+        group = TrainerGroup(spec, placement, "policy", Patience(TIMEOUT_S, TIMEOUT_S))
         try:
             ray.get([actor.__ray_call__.remote(imports) for actor in group._actors], timeout=TIMEOUT_S)
             base, _ = peak(group._actors[0], gpu=gpu)

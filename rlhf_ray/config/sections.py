@@ -32,6 +32,11 @@ class RunSection(Section):
     )
     keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints to keep.")
     timeout_s: float = Field(default=900.0, gt=0, description="Longest wait in seconds for one remote phase.")
+    min_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="Shortest such limit; a phase gets ten times the longest of its last durations, between the two.",
+    )
     ray_address: str | None = Field(
         default=None,
         description="Address of a running Ray cluster; none takes RAY_ADDRESS or starts a local one.",

@@ -15,6 +15,7 @@ from rlhf_ray.placement.plan import make_plan
 from rlhf_ray.rollout.engine import EngineSpec
 from rlhf_ray.rollout.pool import RolloutPool
 from rlhf_ray.runtime.cluster import connection
+from rlhf_ray.runtime.patience import Patience, patience_of
 from rlhf_ray.scoring.scorer import Scorer
 from rlhf_ray.tracking.stall import reporting_stalls
 from rlhf_ray.training.group import TrainerGroup
@@ -49,15 +50,16 @@ def running_groups(config: PPOConfig, tokenizer: Any, tokenizer_folder: str, log
     with ExitStack() as stack:
         stack.enter_context(connection(config.run.ray_address))
         placement = stack.enter_context(reserve(make_plan(config), logs))
-        rollout = RolloutPool(engine_spec(config, (tokenizer.eos_token_id,)), placement, config.run.timeout_s)
+        patience = patience_of(config.run)
+        rollout = RolloutPool(engine_spec(config, (tokenizer.eos_token_id,)), placement, patience)
         stack.callback(rollout.stop)
         if not takes_turns(config):
             rollout.launch()
-        policy = _trainer(config, placement, "policy")
+        policy = _trainer(config, placement, "policy", patience)
         stack.callback(policy.stop)
-        critic = _trainer(config, placement, "critic")
+        critic = _trainer(config, placement, "critic", patience)
         stack.callback(critic.stop)
-        scorer = Scorer(config, placement, critic, tokenizer, tokenizer_folder)
+        scorer = Scorer(config, placement, critic, tokenizer, tokenizer_folder, patience)
         stack.callback(scorer.stop)
         with reporting_stalls(logs.parent):
             for pending in (policy.start(), critic.start()):
@@ -89,7 +91,7 @@ def policy_steps(config: PPOConfig) -> int:
     return trained * config.ppo.epochs * config.ppo.minibatches
 
 
-def _trainer(config: PPOConfig, placement: Placement, name: str) -> TrainerGroup:
+def _trainer(config: PPOConfig, placement: Placement, name: str, patience: Patience) -> TrainerGroup:
     policy = name == "policy"
     section = config.policy if policy else config.critic
     spec = TrainerSpec(
@@ -105,7 +107,7 @@ def _trainer(config: PPOConfig, placement: Placement, name: str) -> TrainerGroup
         gpu=section.gpus > 0,
         trust_remote_code=config.policy.trust_remote_code,
     )
-    return TrainerGroup(spec, placement, name, config.run.timeout_s)
+    return TrainerGroup(spec, placement, name, patience)
 
 
 def engine_spec(config: PPOConfig, eos_token_ids: tuple[int, ...]) -> EngineSpec:

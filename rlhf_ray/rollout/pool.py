@@ -16,7 +16,8 @@ from rlhf_ray.models.reading import TokenLogprobs
 from rlhf_ray.packing import Sequence as PackedSequence
 from rlhf_ray.placement.groups import Placement
 from rlhf_ray.rollout.engine import EngineSpec, RolloutEngine, SampleRequest
-from rlhf_ray.runtime.remote import START_TIMEOUT_S, get
+from rlhf_ray.runtime.patience import Patience
+from rlhf_ray.runtime.remote import START_TIMEOUT_S, Answer, get
 from rlhf_ray.training.group import TrainerGroup
 from rlhf_ray.trajectory import Trajectory
 
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 # Mean absolute difference of the probe's log-probabilities beyond which an engine does not hold the trainer's weights.
 # fp32 engines agree to about 1e-6; bf16 rounds each of them by a few hundredths.
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+
+SAMPLING = "rollout engines: the next response"
 
 
 def sampling_seed(run_seed: int, iteration: int, uid: str, sample: int) -> int:
@@ -36,10 +39,10 @@ def sampling_seed(run_seed: int, iteration: int, uid: str, sample: int) -> int:
 class RolloutPool:
     """All rollout engines: those that serve, and those that start beside them and join at the next transfer."""
 
-    def __init__(self, spec: EngineSpec, placement: Placement, timeout_s: float) -> None:
+    def __init__(self, spec: EngineSpec, placement: Placement, patience: Patience) -> None:
         self._spec = spec
         self._placement = placement
-        self._timeout_s = timeout_s
+        self._patience = patience
         self._serving: dict[int, Any] = {}
         self._joining: dict[int, tuple[Any, Any]] = {}  # rank -> engine, its answer once it is up
         self._connected: list[Any] = []
@@ -93,7 +96,7 @@ class RolloutPool:
                 continue
             del self._joining[rank]
             try:
-                get(up, f"rollout-{rank}: start-up", self._timeout_s)
+                get(up, f"rollout-{rank}: start-up", START_TIMEOUT_S)
             except EngineError as error:
                 logger.warning("%s; starting it again", error)
                 self._start_beside(rank)
@@ -161,7 +164,7 @@ class RolloutPool:
         for rank, (engine, up) in self._joining.items():
             with suppress(EngineError):  # one that failed to start is started again at the next transfer
                 get(up, f"rollout-{rank}: start-up", START_TIMEOUT_S)
-                get(engine.sleep.remote(), f"rollout-{rank}: sleep", self._timeout_s)
+                Answer(engine.sleep.remote(), "rollout engines: sleep", self._patience).result()
         self._on_all("sleep")
 
     def serve_random_weights(self) -> None:
@@ -174,7 +177,7 @@ class RolloutPool:
 
     def _on_all(self, method: str, *args: Any) -> list[Any]:
         refs = [getattr(engine, method).remote(*args) for engine in self.engines]
-        return get(refs, f"rollout engines: {method}", self._timeout_s)
+        return Answer(refs, f"rollout engines: {method}", self._patience).result()
 
     def generate(self, requests: Sequence[SampleRequest]) -> Iterator[list[Trajectory]]:
         """Sample every request; yields trajectories as they finish.
@@ -202,14 +205,16 @@ class RolloutPool:
         pending: list[Any] = [send(rank, share) for rank, share in shares.items()]
         while pending:
             ready: list[Any]
-            ready, pending = ray.wait(pending, num_returns=1, timeout=self._timeout_s, fetch_local=False)
+            asked, limit = time.monotonic(), self._patience.limit(SAMPLING)
+            ready, pending = ray.wait(pending, num_returns=1, timeout=limit, fetch_local=False)
             if not ready:
                 names = ", ".join(f"rollout-{streams[stream].rank}" for stream in pending)
-                raise Stalled(f"{names}: no response finished within {self._timeout_s:g} s")
+                raise Stalled(f"{names}: no response finished within {limit:g} s")
+            self._patience.took(SAMPLING, time.monotonic() - asked)
             for stream in ready:
                 owed = streams[stream]
                 try:
-                    finished = get(next(stream), f"rollout-{owed.rank}: sampling", self._timeout_s)
+                    finished = get(next(stream), f"rollout-{owed.rank}: sampling", self._patience.ceiling_s)
                 except StopIteration:
                     continue
                 except ActorDied as error:

@@ -1,12 +1,14 @@
 """Waiting for actors: every wait has a deadline and says who was waited for, for what and how long."""
 
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from rlhf_ray.errors import ActorDied, EngineError, RlhfError, Stalled
+from rlhf_ray.runtime.patience import Patience
 
 START_TIMEOUT_S = 300.0  # for an actor's process to exist and import its libraries
 
@@ -31,7 +33,8 @@ def get(ref: Any, what: str, timeout_s: float) -> Any:
     except GetTimeoutError:
         raise Stalled(
             f"{what}: no answer within {timeout_s:g} s. The actor may hang or be starved of CPUs; its log is in the "
-            "run's folder `logs`. If the work is merely slow, raise run.timeout_s"
+            "run's folder `logs`. If the work is merely slow, raise run.timeout_s, or run.min_timeout_s where it was "
+            "much quicker before"
         ) from None
     except RayTaskError as error:
         cause = error.cause
@@ -44,6 +47,27 @@ def get(ref: Any, what: str, timeout_s: float) -> Any:
         ) from None
     except RayError as error:
         raise EngineError(f"{what}: {error}") from error
+
+
+@dataclass
+class Answer:
+    """An answer under way, of one actor or of several.
+
+    Attributes:
+        refs: an object reference or a list of them.
+        phase: who does what, in words; answers of one phase take alike.
+    """
+
+    refs: Any
+    phase: str
+    patience: Patience
+    asked: float = field(default_factory=time.monotonic)
+
+    def result(self) -> Any:
+        """Wait for it as long as its phase may take; raises as `get`."""
+        value = get(self.refs, self.phase, self.patience.limit(self.phase))
+        self.patience.took(self.phase, time.monotonic() - self.asked)
+        return value
 
 
 def _facts(error: RayActorError) -> str:

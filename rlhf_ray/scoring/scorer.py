@@ -17,7 +17,8 @@ from rlhf_ray.models.reading import StateValues
 from rlhf_ray.names import on_disk
 from rlhf_ray.packing import Sequence
 from rlhf_ray.placement.groups import Placement
-from rlhf_ray.runtime.remote import START_TIMEOUT_S, get
+from rlhf_ray.runtime.patience import Patience
+from rlhf_ray.runtime.remote import START_TIMEOUT_S, Answer, get
 from rlhf_ray.scoring.actors import (
     Completion,
     ModelSpec,
@@ -56,9 +57,9 @@ class _Chunk:
 
     trajectories: list[Trajectory]
     texts: list[str]
-    reference: Any
+    reference: Answer
     values: PendingForward
-    models: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, Answer] = field(default_factory=dict)
     functions: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # name -> actor, its answer
 
 
@@ -82,12 +83,13 @@ class Scorer:
         critic: TrainerGroup,
         tokenizer: Any,
         tokenizer_path: str,
+        patience: Patience,
     ) -> None:
         self._config = config
         self._placement = placement
         self._critic = critic
         self._tokenizer = tokenizer
-        self._timeout_s = config.run.timeout_s
+        self._patience = patience
         self._turn = 0
         reference, reward = config.reference, config.reward
         trust = config.policy.trust_remote_code
@@ -182,11 +184,11 @@ class Scorer:
         chunk = _Chunk(
             trajectories,
             texts,
-            reference=self._next(self._references).score.remote(sequences),
+            reference=self._answer(self._references, "reference: log-probabilities", sequences),
             values=self._critic.forward(sequences, StateValues()),
         )
         for name, replicas in self._models.items():
-            chunk.models[name] = self._next(replicas).score.remote(shared_completions)
+            chunk.models[name] = self._answer(replicas, f"reward {name}: scores", shared_completions)
         if self._functions:
             ids = [t.response_ids for t in trajectories]
             rows = [prompts[t.uid].row for t in trajectories]
@@ -195,15 +197,14 @@ class Scorer:
                 chunk.functions[name] = (actor, actor.score.remote(shared_completions, ids, columns))
         return chunk
 
-    def _next(self, replicas: list[Any]) -> Any:
-        return replicas[self._turn % len(replicas)]
+    def _answer(self, replicas: list[Any], phase: str, *args: Any) -> Answer:
+        """The scores of the replica whose turn it is."""
+        return Answer(replicas[self._turn % len(replicas)].score.remote(*args), phase, self._patience)
 
     def _collect(self, chunk: _Chunk, prompts: Mapping[str, Prompt]) -> list[ScoredTrajectory]:
-        reference = get(chunk.reference, "reference: log-probabilities", self._timeout_s)
+        reference = chunk.reference.result()
         values = chunk.values.result()
-        rewards: dict[str, list[float | None]] = {
-            name: get(ref, f"reward {name}: scores", self._timeout_s) for name, ref in chunk.models.items()
-        }
+        rewards: dict[str, list[float | None]] = {name: answer.result() for name, answer in chunk.models.items()}
         for name in chunk.functions:
             rewards[name] = self._function_scores(name, chunk)
         return [

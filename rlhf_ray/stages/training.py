@@ -16,6 +16,7 @@ from rlhf_ray.packing import Sequence
 from rlhf_ray.placement.groups import reserve
 from rlhf_ray.placement.plan import make_plan
 from rlhf_ray.runtime.cluster import connection
+from rlhf_ray.runtime.patience import patience_of
 from rlhf_ray.stages.run import Run
 from rlhf_ray.tracking.stall import reporting_stalls
 from rlhf_ray.training.group import TrainerGroup
@@ -64,7 +65,7 @@ def trainer_group(config: OfflineConfig, run: Run, spec: TrainerSpec) -> Iterato
             "steps of the run (examples * epochs / batch_size, rounded up); lower it, or train for longer"
         )
     with connection(config.run.ray_address), reserve(make_plan(config), run.directory.logs) as placement:
-        trainer = TrainerGroup(spec, placement, "group", config.run.timeout_s)
+        trainer = TrainerGroup(spec, placement, "group", patience_of(config.run))
         try:
             with reporting_stalls(run.directory.path):
                 trainer.start().result()

@@ -9,35 +9,23 @@ from torch import Tensor
 
 from rlhf_ray.packing import PackedBatch, Sequence, pack, partition
 from rlhf_ray.placement.groups import Placement
-from rlhf_ray.runtime.remote import START_TIMEOUT_S, get
+from rlhf_ray.runtime.patience import Patience
+from rlhf_ray.runtime.remote import START_TIMEOUT_S, Answer, get
 from rlhf_ray.training.actor import TrainerActor
 from rlhf_ray.training.trainer import Objective, Reader, TrainerSpec
 
 
-@dataclass
-class Pending:
-    """A call under way on all ranks."""
-
-    refs: list[Any]
-    what: str
-    timeout_s: float
-
-    def result(self) -> Any:
-        """Wait for all ranks; returns what each of them returned."""
-        return get(self.refs, self.what, self.timeout_s)
-
-
 class TrainerGroup:
-    """Data-parallel ranks of one model. Methods that start work return at once, with a `Pending`."""
+    """Data-parallel ranks of one model. Methods that start work return at once, with an `Answer`."""
 
-    def __init__(self, spec: TrainerSpec, placement: Placement, group: str, timeout_s: float) -> None:
+    def __init__(self, spec: TrainerSpec, placement: Placement, group: str, patience: Patience) -> None:
         self.spec = spec
-        self.timeout_s = timeout_s
+        self._patience = patience
         self.token_budget = spec.section.micro_batch_tokens
         world_size = len(placement.order[group])
         actor = ray.remote(TrainerActor)
         self._actors: list[Any] = [
-            actor.options(**placement.options(group, rank)).remote(spec, rank, world_size, timeout_s)
+            actor.options(**placement.options(group, rank)).remote(spec, rank, world_size, patience.ceiling_s)
             for rank in range(world_size)
         ]
 
@@ -46,14 +34,14 @@ class TrainerGroup:
         """Number of ranks."""
         return len(self._actors)
 
-    def start(self) -> Pending:
+    def start(self) -> Answer:
         """Let the ranks meet and load the model."""
         address = get(self._actors[0].listen.remote(), f"{self.spec.name} trainer: process start", START_TIMEOUT_S)
         return self._on_all("setup", "loading the model", *address)
 
-    def _on_all(self, method: str, what: str, *args: Any) -> Pending:
+    def _on_all(self, method: str, what: str, *args: Any) -> Answer:
         refs = [getattr(actor, method).remote(*args) for actor in self._actors]
-        return Pending(refs, f"{self.spec.name} trainer: {what}", self.timeout_s)
+        return Answer(refs, f"{self.spec.name} trainer: {what}", self._patience)
 
     def _share_out(self, sequences: Items[Sequence], group: Items[int] | None) -> list[list[PackedBatch]]:
         plan = partition([len(s) for s in sequences], self.world_size, self.token_budget, group)
@@ -61,10 +49,10 @@ class TrainerGroup:
 
     def _on_batches(
         self, method: str, what: str, sequences: Items[Sequence], group: Items[int] | None, *args: Any
-    ) -> tuple[Pending, list[list[PackedBatch]]]:
+    ) -> tuple[Answer, list[list[PackedBatch]]]:
         shares = self._share_out(sequences, group)
         refs = [getattr(actor, method).remote(share, *args) for actor, share in zip(self._actors, shares, strict=True)]
-        return Pending(refs, f"{self.spec.name} trainer: {what}", self.timeout_s), shares
+        return Answer(refs, f"{self.spec.name} trainer: {what}", self._patience), shares
 
     def step(
         self, sequences: Items[Sequence], objective: Objective, group: Items[int] | None = None
@@ -85,35 +73,35 @@ class TrainerGroup:
         pending, shares = self._on_batches("forward", "forward pass", sequences, None, reader)
         return PendingForward(pending, [[batch.indices for batch in share] for share in shares], len(sequences))
 
-    def save(self, folder: str) -> Pending:
+    def save(self, folder: str) -> Answer:
         """Write a checkpoint into `folder`, which all ranks must reach."""
         return self._on_all("save", "writing a checkpoint", folder)
 
-    def load(self, folder: str) -> Pending:
+    def load(self, folder: str) -> Answer:
         """Read a checkpoint."""
         return self._on_all("load", "reading a checkpoint", folder)
 
-    def export(self, folder: str, tokenizer: str, card: Any, extra_config: dict[str, Any] | None = None) -> Pending:
+    def export(self, folder: str, tokenizer: str, card: Any, extra_config: dict[str, Any] | None = None) -> Answer:
         """Write the weights as a transformers folder with the tokenizer of `tokenizer`."""
         return self._on_all("export", "writing the model", folder, tokenizer, card, extra_config or {})
 
-    def free_optimizer(self) -> Pending:
+    def free_optimizer(self) -> Answer:
         """Move the optimizer's states to main memory."""
         return self._on_all("free_optimizer", "moving the optimizer to main memory")
 
-    def restore_optimizer(self) -> Pending:
+    def restore_optimizer(self) -> Answer:
         """Move them back."""
         return self._on_all("restore_optimizer", "moving the optimizer back")
 
-    def prepare_to_send(self) -> Pending:
+    def prepare_to_send(self) -> Answer:
         """Import what sending weights needs."""
         return self._on_all("prepare_to_send", "preparing to send weights")
 
-    def connect_engines(self, engines: list[Any], workers_per_engine: int, dtype: str, backend: str) -> Pending:
+    def connect_engines(self, engines: list[Any], workers_per_engine: int, dtype: str, backend: str) -> Answer:
         """Join a weight-transfer group with rollout engines, over "gloo", "nccl" or "ipc"."""
         return self._on_all("connect_engines", "connecting to the engines", engines, workers_per_engine, dtype, backend)
 
-    def send_weights(self, version: int) -> Pending:
+    def send_weights(self, version: int) -> Answer:
         """Send all weights, which are of this version, to the connected engines."""
         return self._on_all("send_weights", "weight transfer", version)
 
@@ -127,7 +115,7 @@ class TrainerGroup:
 class PendingMetrics:
     """Metrics under way; equal on every rank."""
 
-    pending: Pending
+    pending: Answer
 
     def result(self) -> dict[str, float]:
         """Wait and return the global metrics."""
@@ -138,7 +126,7 @@ class PendingMetrics:
 class PendingForward:
     """A forward pass under way."""
 
-    pending: Pending
+    pending: Answer
     indices: list[list[list[int]]]  # [rank][micro-batch] -> sequences
     num_sequences: int
 

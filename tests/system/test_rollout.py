@@ -26,6 +26,7 @@ from rlhf_ray.placement.groups import Placement, reserve
 from rlhf_ray.placement.plan import Plan
 from rlhf_ray.rollout.engine import EngineSpec, SampleRequest
 from rlhf_ray.rollout.pool import RolloutPool, sampling_seed
+from rlhf_ray.runtime.patience import Patience
 from rlhf_ray.scoring.scorer import response_sequence
 from rlhf_ray.training.group import TrainerGroup
 from rlhf_ray.training.objectives import LanguageModeling
@@ -126,9 +127,9 @@ def running(
     spec = TrainerSpec("policy", model, "causal", TrainingSection(**training), 3e-3, total_steps=100, seed=0)
     with reserve(plan, logs) as reserved:
         placement = Named(**vars(reserved))
-        pool = RolloutPool(engine, placement, TIMEOUT_S)
+        pool = RolloutPool(engine, placement, Patience(TIMEOUT_S, TIMEOUT_S))
         pool.launch()
-        trainer = TrainerGroup(spec, placement, "policy", TIMEOUT_S)
+        trainer = TrainerGroup(spec, placement, "policy", Patience(TIMEOUT_S, TIMEOUT_S))
         try:
             trainer.start().result()
             pool.start()

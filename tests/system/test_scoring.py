@@ -18,6 +18,7 @@ from rlhf_ray.driver.experience import build_experience
 from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.placement.groups import reserve
 from rlhf_ray.placement.plan import make_plan
+from rlhf_ray.runtime.patience import Patience
 from rlhf_ray.scoring.actors import RewardFunctionActor
 from rlhf_ray.scoring.scorer import ScoredTrajectory, Scorer, reward_names
 from rlhf_ray.training.group import TrainerGroup
@@ -78,8 +79,9 @@ def setup(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     spec = TrainerSpec("critic", reward, "scalar", config.training, 1e-3, total_steps=1, seed=0)
     (folder / "run" / "logs").mkdir(parents=True)
     with reserve(make_plan(config), folder / "run" / "logs") as placement:
-        critic = TrainerGroup(spec, placement, "critic", TIMEOUT_S)
-        scorer = Scorer(config, placement, critic, make_tokenizer(), policy)
+        patience = Patience(TIMEOUT_S, TIMEOUT_S)
+        critic = TrainerGroup(spec, placement, "critic", patience)
+        scorer = Scorer(config, placement, critic, make_tokenizer(), policy, patience)
         try:
             critic.start().result()
             scorer.start()
