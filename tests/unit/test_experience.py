@@ -111,6 +111,7 @@ def test_samples_are_a_row_a_response():
     assert experience.samples == [
         {
             "uid": "a",
+            "sample": 0,
             "prompt": "ask a",
             "completion": "reply a",
             "score": 1.0,
@@ -119,9 +120,11 @@ def test_samples_are_a_row_a_response():
             "length": 3,
             "finish_reason": "stop",
             "weight_version": 7,
+            "oldest_version": 7,
         },
         {
             "uid": "b",
+            "sample": 0,
             "prompt": "ask b",
             "completion": "reply b",
             "score": 1.5,
@@ -130,6 +133,7 @@ def test_samples_are_a_row_a_response():
             "length": 2,
             "finish_reason": "length",
             "weight_version": 7,
+            "oldest_version": 7,
         },
     ]
 
