@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import ray
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
+
 from ppo_runs import make_inputs, rows_of
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
