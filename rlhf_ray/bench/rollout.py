@@ -140,8 +140,10 @@ def bench_rollout(config: PPOConfig, sweep: Sweep) -> Iterator[dict[str, Any]]:
             sweep.tensor_parallel, sweep.engines, sweep.concurrency
         ):
             chosen = {"tensor_parallel": tensor_parallel, "engines": engines, "max_concurrency": concurrency}
-            # The engines are alone here: with whom they share in a run, or how many are enough, does not count.
-            alone = ["placement.share=[]", "rollout.min_engines=null"] + ["policy.gpus=1"] * (config.policy.gpus > 0)
+            # The engines are alone here: with whom they share in a run, or how many are enough, does not count; and
+            # each is on one node, as vLLM alone is.
+            alone = ["placement.share=[]", "rollout.min_engines=null", "rollout.nodes_per_engine=1"]
+            alone += ["policy.gpus=1"] * (config.policy.gpus > 0)
             one = changed(config, [*(f"rollout.{key}={value}" for key, value in chosen.items()), *alone])
             assert isinstance(one, PPOConfig)
             spec = replace(engine_spec(one, eos_token_ids=()), max_model_len=sweep.largest, statistics=True)

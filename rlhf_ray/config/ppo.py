@@ -103,7 +103,12 @@ class RolloutSection(Section):
         description="Engines that are enough to start with, the others joining as nodes have room; none waits for all.",
     )
     tensor_parallel: int = Field(default=1, ge=1, description="GPUs over which each engine splits the model.")
-    cpus: float = Field(default=1.0, ge=0, description="CPU cores per engine.")
+    nodes_per_engine: int = Field(
+        default=1,
+        ge=1,
+        description="Nodes over which each engine is split, with an equal part of `tensor_parallel` on each.",
+    )
+    cpus: float = Field(default=1.0, ge=0, description="CPU cores per engine, on each of its nodes.")
     gpus: float = Field(
         default=0.0,
         ge=0,
@@ -139,6 +144,12 @@ class RolloutSection(Section):
             problems.add("temperature", "0 samples greedily, which cannot train; set it above 0, usually to 1")
         if self.gpus == 0 and self.kv_cache_gib is None:
             problems.add("kv_cache_gib", "not given, and needed on CPU (`gpus` 0); set it, for example to 0.5")
+        if self.tensor_parallel % self.nodes_per_engine:
+            problems.add(
+                "nodes_per_engine",
+                f"{self.nodes_per_engine} does not divide `tensor_parallel` {self.tensor_parallel}, and every node "
+                "takes an equal part of an engine; set it to a divisor",
+            )
         if self.tensor_parallel > 1 and 0 < self.gpus < 1:
             problems.add(
                 "gpus",

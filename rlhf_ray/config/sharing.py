@@ -41,6 +41,11 @@ def _check_set(config: "PPOConfig", together: list[str], problems: Problems) -> 
     if any(gpus.values()) and not all(gpus.values()):
         without = ", ".join(f"`{name}.gpus`" for name in together if not gpus[name])
         problems.add(KEY, f"has groups on a GPU and others without one ({without} 0); give them a part of it, or none")
+    if "rollout" in together and config.rollout.nodes_per_engine > 1:
+        problems.add(
+            "rollout.nodes_per_engine",
+            f"{config.rollout.nodes_per_engine}, but an engine that shares (`{KEY}`) is on one node; set it to 1",
+        )
     if round(sum(gpus.values()), 6) > 1:
         parts = ", ".join(f"`{name}.gpus` {gpus[name]:g}" for name in together)
         problems.add(KEY, f"needs more than one GPU for a process of each ({parts}); let them add up to 1 at most")

@@ -121,6 +121,7 @@ def engine_spec(config: PPOConfig, eos_token_ids: tuple[int, ...]) -> EngineSpec
         max_model_len=config.data.max_tokens + rollout.max_new_tokens,
         eos_token_ids=eos_token_ids,
         tensor_parallel=rollout.tensor_parallel,
+        nodes=rollout.nodes_per_engine,
         max_concurrency=rollout.max_concurrency,
         enforce_eager=rollout.enforce_eager,
         gpu=gpu,

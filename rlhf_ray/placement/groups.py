@@ -37,7 +37,7 @@ class Placement:
     seats: list[tuple[PlacementGroup, int]]  # of each bundle of the plan
     order: dict[str, list[int]]  # group -> bundle of each rank, ranks following nodes
     logs: Path  # folder of the actors' logs
-    extra: dict[tuple[str, int], PlacementGroup] = field(default_factory=dict)  # processes beyond the plan
+    extra: dict[tuple[str, int], PlacementGroup] = field(default_factory=dict)  # of processes beyond the plan
 
     def environment(self, name: str, cpus: float) -> dict[str, str]:
         """Environment of an actor: its threads, its name and where it logs."""
@@ -48,32 +48,39 @@ class Placement:
             LOGS: str(self.logs),
         }
 
-    def options(self, name: str, rank: int) -> dict[str, Any]:
+    def options(self, name: str, rank: int, part: int = 0) -> dict[str, Any]:
         """Ray actor options for process `rank` of group `name`: its bundle, resources, threads and readable name.
 
-        A rank beyond the plan gets a bundle of its own, like those of its group; its actor waits until it is granted.
+        A rank beyond the plan gets bundles of its own, like those of its group; its actor waits until they are granted.
+
+        Args:
+            name: the group.
+            rank: of the process.
+            part: which of its nodes, where it is split.
         """
         resources = self.plan.takes(name)
         cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-        if rank < len(self.order[name]):
-            group, index = self.seats[self.order[name][rank]]
+        nodes = self.plan.split.get(name, 1)
+        if rank < self.plan.processes(name):
+            group, index = self.seats[self.order[name][rank * nodes + part]]
         else:
             if (name, rank) not in self.extra:
-                labels = [self.plan.labels.get(name, {})]
-                self.extra[name, rank] = placement_group([resources], bundle_label_selector=labels)
-            group, index = self.extra[name, rank], 0
+                labels = [self.plan.labels.get(name, {})] * nodes
+                self.extra[name, rank] = placement_group([resources] * nodes, bundle_label_selector=labels)
+            group, index = self.extra[name, rank], part
+        actor = f"{name}-{rank}" + (f"-part-{part}" if part else "")
         return {
-            "name": f"{name}-{rank}",
+            "name": actor,
             "num_cpus": cpus,
             "num_gpus": gpus,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 group, placement_group_bundle_index=index, placement_group_capture_child_tasks=True
             ),
-            "runtime_env": {"env_vars": self.environment(f"{name}-{rank}", cpus)},
+            "runtime_env": {"env_vars": self.environment(actor, cpus)},
         }
 
     def release(self, name: str, rank: int) -> None:
-        """Give back the bundle of a rank beyond the plan; those of the plan stay reserved."""
+        """Give back the bundles of a rank beyond the plan; those of the plan stay reserved."""
         if (name, rank) in self.extra:
             remove_placement_group(self.extra.pop((name, rank)))
 

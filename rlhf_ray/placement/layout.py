@@ -20,12 +20,14 @@ class Seat:
 
     Attributes:
         rank: its number in the group; ranks follow the nodes.
+        part: which of its nodes this is, where it is split.
         node: index into the inventory.
         gpus: the node's GPUs that it takes or shares.
     """
 
     group: str
     rank: int
+    part: int
     node: int
     gpus: tuple[int, ...]
 
@@ -92,7 +94,8 @@ def lay_out(plan: Plan, nodes: list[Node]) -> Layout:
     seats, without = [], {}
     for group, bundles in plan.groups.items():
         found = sorted((placed[index] for index in bundles if index in placed), key=lambda seat: seat)
-        seats += [Seat(group, rank, node, gpus) for rank, (node, gpus) in enumerate(found)]
+        nodes_each = plan.split.get(group, 1)
+        seats += [Seat(group, *divmod(index, nodes_each), node, gpus) for index, (node, gpus) in enumerate(found)]
         if len(found) < len(bundles):
             without[group] = len(bundles) - len(found)
     return Layout(seats, without)
@@ -160,7 +163,9 @@ def _misfit(plan: Plan, group: str, nodes: list[Node]) -> str | None:
         has = " and ".join(f"{amount:g} {name}" for name, amount in largest.items())
         short = "GPU" if largest.get("GPU", 0.0) + ROUNDING < bundle.get("GPU", 0.0) else "CPU"
         most = max(groups, key=lambda name: plan.share(name, short))
-        key = "rollout.tensor_parallel" if (most, short) == ("rollout", "GPU") else f"{most}.{RESOURCE_KEYS[short]}"
+        key = f"{most}.{RESOURCE_KEYS[short]}"
+        if (most, short) == ("rollout", "GPU"):
+            key = "rollout.tensor_parallel, or raise rollout.nodes_per_engine"
         what = "a process" if len(groups) == 1 else "a process of each"
         return f"{who}: {what} needs {needs} on one node, and the {where} have at most {has} each; lower {key}"
     if group in plan.spread and count > len(able):

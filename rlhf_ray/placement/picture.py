@@ -11,6 +11,7 @@ from rich.table import Table
 from rlhf_ray.placement.inventory import Node
 from rlhf_ray.placement.memory import GIB, PARTS, Estimate
 from rlhf_ray.placement.overview import Overview, on_gpu
+from rlhf_ray.placement.plan import RESOURCE_KEYS
 
 BAR = 24
 MOST_RUNS = 6
@@ -72,12 +73,14 @@ def _groups(one: Overview) -> Table:
     offloads = any(each.offloaded for each in one.estimates.values())
     for name in ("processes", "CPU each", "GPU each", "GiB each", *parts, *["offloaded"] * offloads):
         table.add_column(name, justify="right", no_wrap=True)
-    for group, bundles in one.plan.groups.items():
-        taken, each = one.plan.takes(group), one.estimates.get(group)
+    for group in one.plan.groups:
+        each, taken = one.estimates.get(group), {name: one.plan.share(group, name) for name in RESOURCE_KEYS}
         sizes = ["?" if each is None else _gib(each.total)]
         sizes += ["" if each is None else _gib(each.parts.get(part, 0.0)) for part in parts]
         sizes += ["" if each is None else _gib(each.offloaded)] * offloads
-        table.add_row(group, str(len(bundles)), f"{taken.get('CPU', 0):g}", f"{taken.get('GPU', 0):g}", *sizes)
+        nodes = one.plan.split.get(group, 1)
+        processes = f"{one.plan.processes(group)}" + (f" on {nodes} nodes each" if nodes > 1 else "")
+        table.add_row(group, processes, *(f"{amount:g}" for amount in taken.values()), *sizes)
     return table
 
 

@@ -22,14 +22,16 @@ class GroupDemand:
     Attributes:
         name: the group's section of the configuration.
         processes: how many (rollout: engines).
-        cpus: CPU cores of each.
-        gpus: GPUs of each (rollout: of all tensor-parallel ranks of one engine).
+        cpus: CPU cores of each, on each of its nodes.
+        gpus: GPUs of each, on each of its nodes (rollout: of all tensor-parallel ranks there).
+        nodes: over how many nodes each is split.
     """
 
     name: str
     processes: int
     cpus: float
     gpus: float
+    nodes: int = 1
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,14 @@ class Plan:
 
     Attributes:
         bundles: resources of each bundle, as Ray takes them; one bundle holds one process, or one of each group that
-            shares it.
-        groups: the bundles of each group, in rank order.
+            shares it, or a node's part of an engine that is split.
+        groups: the bundles of each group, in rank order; those of one process follow each other.
         labels: node labels that a group's bundles need, by group.
         spread: groups of which every process goes to a node of its own.
         timeout_s: longest wait for the cluster to grant all of it.
         autoscaling: whether nodes may still come, so that too few are no error.
         portions: what a process takes of a bundle that several groups share; other groups take theirs whole.
+        split: bundles of one process, for groups whose processes take more than one.
     """
 
     bundles: list[dict[str, float]]
@@ -54,6 +57,11 @@ class Plan:
     timeout_s: float = 120.0
     autoscaling: bool = False
     portions: dict[str, dict[str, float]] = field(default_factory=dict)
+    split: dict[str, int] = field(default_factory=dict)
+
+    def processes(self, group: str) -> int:
+        """How many processes a group has (rollout: engines)."""
+        return len(self.groups[group]) // self.split.get(group, 1)
 
     def parts(self) -> list[tuple[str, list[int]]]:
         """Ray's placement groups: strategy and bundles of each.
@@ -78,7 +86,7 @@ class Plan:
         return {label: value for name in groups for label, value in self.labels.get(name, {}).items()}
 
     def takes(self, group: str) -> dict[str, float]:
-        """What each process of a group asks, by resource."""
+        """What each process of a group asks, by resource; one that is split asks it on each of its nodes."""
         return self.portions.get(group) or self.bundles[self.groups[group][0]]
 
     def needed(self, resource: str) -> float:
@@ -86,8 +94,8 @@ class Plan:
         return sum(bundle.get(resource, 0.0) for bundle in self.bundles)
 
     def share(self, group: str, resource: str) -> float:
-        """What each process of a group asks of a resource."""
-        return self.takes(group).get(resource, 0.0)
+        """What each process of a group asks of a resource, on all of its nodes."""
+        return self.takes(group).get(resource, 0.0) * self.split.get(group, 1)
 
 
 def demands(config: StageConfig) -> list[GroupDemand]:
@@ -95,10 +103,10 @@ def demands(config: StageConfig) -> list[GroupDemand]:
     if not isinstance(config, PPOConfig):
         return [_demand("group", config.group)]
     rollout = config.rollout
-    engines = rollout.min_engines or rollout.engines
+    engines, nodes = rollout.min_engines or rollout.engines, rollout.nodes_per_engine
     return [
         _demand("policy", config.policy),
-        GroupDemand("rollout", engines, rollout.cpus, rollout.gpus * rollout.tensor_parallel),
+        GroupDemand("rollout", engines, rollout.cpus, rollout.gpus * rollout.tensor_parallel / nodes, nodes),
         _demand("reference", config.reference),
         _demand("reward", config.reward),
         _demand("critic", config.critic),
@@ -115,7 +123,7 @@ def make_plan(config: StageConfig) -> Plan:
 
 
 def plan_of(asked: Sequence[GroupDemand], placement: PlacementSection) -> Plan:
-    """One bundle per process, groups one after the other; rank i of groups that share is in one bundle."""
+    """One bundle per process and node, groups one after the other; rank i of groups that share is in one bundle."""
     bundles: list[dict[str, float]] = []
     groups: dict[str, list[int]] = {}
     portions: dict[str, dict[str, float]] = {}
@@ -126,15 +134,23 @@ def plan_of(asked: Sequence[GroupDemand], placement: PlacementSection) -> Plan:
             portions[demand.name] = taken
         held = next((groups[name] for name in partners if name in groups), None)
         if held is None:
-            groups[demand.name] = list(range(len(bundles), len(bundles) + demand.processes))
-            bundles += [dict(taken) for _ in range(demand.processes)]
+            count = demand.processes * demand.nodes
+            groups[demand.name] = list(range(len(bundles), len(bundles) + count))
+            bundles += [dict(taken) for _ in range(count)]
             continue
         groups[demand.name] = held
         for index in held:
             for name, amount in taken.items():
                 bundles[index][name] = round(bundles[index].get(name, 0.0) + amount, 6)
     return Plan(
-        bundles, groups, placement.labels, tuple(placement.spread), placement.timeout_s, placement.autoscaling, portions
+        bundles,
+        groups,
+        placement.labels,
+        tuple(placement.spread),
+        placement.timeout_s,
+        placement.autoscaling,
+        portions,
+        split={demand.name: demand.nodes for demand in asked if demand.nodes > 1},
     )
 
 
@@ -152,8 +168,8 @@ def shortfalls(plan: Plan, available: Mapping[str, float]) -> list[str]:
         needed, has = plan.needed(resource), available.get(resource, 0.0)
         if round(needed - has, 6) > 0:
             uses = ", ".join(
-                f"{group} {len(bundles)} x {plan.share(group, resource):g}"
-                for group, bundles in plan.groups.items()
+                f"{group} {plan.processes(group)} x {plan.share(group, resource):g}"
+                for group in plan.groups
                 if plan.share(group, resource)
             )
             changes = [
@@ -170,8 +186,8 @@ def shortfalls(plan: Plan, available: Mapping[str, float]) -> list[str]:
 def _one_change(plan: Plan, resource: str, lacking: float) -> str | None:
     """The change of one key that frees what is lacking and as little more as can be, if there is one."""
     changes: list[tuple[float, str]] = []
-    for group, bundles in plan.groups.items():
-        processes, share = len(bundles), plan.share(group, resource)
+    for group in plan.groups:
+        processes, share = plan.processes(group), plan.share(group, resource)
         # Groups that share have equal numbers of processes, so that none of them can have fewer by itself.
         fewer = processes - math.ceil(round(lacking / share, 6)) if share and group not in plan.portions else 0
         if fewer >= 1:
@@ -180,10 +196,11 @@ def _one_change(plan: Plan, resource: str, lacking: float) -> str | None:
         # Processes of different groups can share one GPU; ranks of one group cannot, for NCCL refuses it, nor
         # can a split engine do with a fraction.
         if resource == "CPU" or (processes == 1 and share <= 1):
-            smaller = _smaller_share(resource, share - lacking / processes)
+            nodes = plan.split.get(group, 1)
+            smaller = _smaller_share(resource, (share - lacking / processes) / nodes)
             if smaller > 0:
-                key = f"{group}.{RESOURCE_KEYS[resource]}"
-                changes.append(((share - smaller) * processes, f"lower {key} from {share:g} to {smaller:g}"))
+                change = f"lower {group}.{RESOURCE_KEYS[resource]} from {share / nodes:g} to {smaller:g}"
+                changes.append(((share - smaller * nodes) * processes, change))
     return min(changes)[1] if changes else None
 
 
@@ -194,7 +211,8 @@ def _change_of_all(plan: Plan, resource: str, has: float) -> str | None:
     if resource == "GPU" and has == 0:
         return f"set {', '.join(f'{group}.{key}' for group in shares)} to 0 to run on CPU"
     factor = has / plan.needed(resource)
-    smaller = {group: _smaller_share(resource, share * factor) for group, share in shares.items()}
+    nodes = {group: plan.split.get(group, 1) for group in shares}
+    smaller = {group: _smaller_share(resource, share * factor / nodes[group]) for group, share in shares.items()}
     if resource == "CPU" and min(smaller.values()) > 0:
         return "lower " + ", ".join(f"{group}.{key} to {share:g}" for group, share in smaller.items())
     return "lower the processes of several groups" if sum(shares.values()) <= has else None
@@ -210,10 +228,10 @@ def _smaller_share(resource: str, limit: float) -> float:
 def describe(plan: Plan) -> str:
     """The plan as a table for people."""
     rows = [["group", "processes", "CPU each", "GPU each", "CPU", "GPU"]]
-    for group, bundles in plan.groups.items():
-        shares = [plan.share(group, resource) for resource in RESOURCE_KEYS]
-        totals = [share * len(bundles) for share in shares]
-        rows.append([group, str(len(bundles)), *(f"{amount:g}" for amount in shares + totals)])
+    for group in plan.groups:
+        processes, shares = plan.processes(group), [plan.share(group, resource) for resource in RESOURCE_KEYS]
+        totals = [share * processes for share in shares]
+        rows.append([group, str(processes), *(f"{amount:g}" for amount in shares + totals)])
     totals = [plan.needed(resource) for resource in RESOURCE_KEYS]
     rows.append(["total", str(len(plan.bundles)), "", "", *(f"{amount:g}" for amount in totals)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -7,12 +7,13 @@ which the pool does only after the probe agreed with the trainer.
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.errors import EngineError
+from rlhf_ray.rollout.further_nodes import FurtherNodes
 from rlhf_ray.runtime.interface import choose_interface
 from rlhf_ray.tracking.activity import activity
 from rlhf_ray.tracking.logs import setup_actor_logging
@@ -34,6 +35,7 @@ class EngineSpec:
         max_model_len: prompt and response tokens together.
         eos_token_ids: tokens that end a response; without any it ends at its limit alone.
         backend: weight-transfer backend: "gloo", "nccl", or "ipc" where each engine shares its GPU with a trainer rank.
+        nodes: over how many nodes each engine is split.
         sleeps: whether it is to give its GPU's memory to others at times.
         statistics: whether to keep `EngineStatistics`.
     """
@@ -50,6 +52,7 @@ class EngineSpec:
     kv_cache_gib: float | None
     trust_remote_code: bool
     backend: str
+    nodes: int = 1
     sleeps: bool = False
     statistics: bool = False
 
@@ -69,7 +72,13 @@ class SampleRequest:
 class RolloutEngine:
     """The actor. Ray runs its coroutines side by side on one event loop."""
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, others: Sequence[dict[str, Any]] = ()) -> None:
+        """Start vLLM.
+
+        Args:
+            spec: what to start.
+            others: options of an actor for each further node of an engine that is split.
+        """
         if not spec.gpu and spec.tensor_parallel == 1:
             # The worker then runs inside vLLM's engine process: one process less to start, and no hop a step. vLLM on
             # CPU takes a worker process otherwise, to set its threads; here the actor's environment has set them.
@@ -91,8 +100,11 @@ class RolloutEngine:
         from rlhf_ray.rollout.statistics import StatisticsLogger
 
         self._statistics = StatisticsLogger()
-        args = AsyncEngineArgs(**engine_args(spec))
-        self._engine = AsyncLLM.from_engine_args(args, stat_loggers=[lambda *_: self._statistics])
+        self._further = FurtherNodes(engine_args(spec), others)
+        with self._further.started() as args:
+            self._engine = AsyncLLM.from_engine_args(
+                AsyncEngineArgs(**args), stat_loggers=[lambda *_: self._statistics]
+            )
 
     async def ready(self) -> bool:
         """Answers once the engine is up."""
@@ -225,6 +237,7 @@ class RolloutEngine:
 
     async def close(self) -> None:
         """Stop vLLM's own processes."""
+        self._further.close()
         self._engine.shutdown()
 
 

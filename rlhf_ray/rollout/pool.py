@@ -49,12 +49,13 @@ class RolloutPool:
 
     def launch(self) -> None:
         """Start the engines of the plan."""
-        self._serving = {rank: self._launch(rank) for rank in range(len(self._placement.order["rollout"]))}
+        self._serving = {rank: self._launch(rank) for rank in range(self._placement.plan.processes("rollout"))}
 
     def _launch(self, rank: int) -> Any:
         # One slot of concurrency serves a generate call, the rest the transfer and the probe beside it.
         options = self._placement.options("rollout", rank)
-        return ray.remote(RolloutEngine).options(**options, max_concurrency=16).remote(self._spec)
+        others = [self._placement.options("rollout", rank, part) for part in range(1, self._spec.nodes)]
+        return ray.remote(RolloutEngine).options(**options, max_concurrency=16).remote(self._spec, others)
 
     @property
     def engines(self) -> list[Any]:
@@ -232,7 +233,7 @@ class RolloutPool:
             EngineError: there is no other engine.
         """
         if owed.rank in self._serving:
-            del self._serving[owed.rank]
+            self._end(self._serving.pop(owed.rank))
             self._start_beside(owed.rank)
         if not self._serving:
             raise EngineError(f"{error}\nIt was the last engine that served; the same command continues the run")

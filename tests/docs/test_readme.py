@@ -61,6 +61,10 @@ def short_forms(words: list[str]) -> list[list[str]]:
         return [[*words[:2], "--help"]]
     if words[0] == "make":
         return [["make", "-n", *words[1:]]]
+    if words[0] == "rlhf-ray" and words[1] in (*STAGES, "submit"):
+        return [words if words[-1] == "--dry-run" else [*words, "--dry-run"]]
+    if words[:2] == ["rlhf-ray", "plan"]:
+        return [words]
     if words[0] == "rlhf-ray" and words[1] in (*OTHERS, *JOBS):
         return [[*words, "--help"]]
     raise AssertionError(f"no rule says how to run {shlex.join(words)!r}")
@@ -102,7 +106,7 @@ def test_the_pages_have_commands():
     text = [command for _, command in commands()]
     assert "make demo" in text
     assert "make test" in text
-    for stage in (*STAGES, "bench", "demo", "doctor", "scale", "submit", *JOBS):
+    for stage in (*STAGES, *OTHERS, *JOBS, "submit"):
         assert any(command.startswith(f"rlhf-ray {stage} ") for command in text), stage
 
 

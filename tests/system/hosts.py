@@ -24,7 +24,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 
 import requests
-from ppo_runs import make_inputs
 
 from rlhf_ray.config import dump_config
 
@@ -119,11 +118,13 @@ def crossed(name: str) -> int:
     return int(json.loads(run("ip", "-n", name, "-s", "-j", "link", "show", "eth0"))[0]["stats64"]["rx"]["bytes"])
 
 
-def configuration(folder: Path) -> Path:
+def configuration(folder: Path, engines: dict[str, int]) -> Path:
+    from ppo_runs import make_inputs
+
     config = make_inputs(folder).config(
         "run",
         policy={"processes": 2},
-        rollout={"engines": 2},
+        rollout=engines,
         placement={
             "labels": {
                 **{group: {"role": "head"} for group in ("reference", "reward", "critic")},
@@ -139,7 +140,7 @@ def configuration(folder: Path) -> Path:
     return file
 
 
-def main(out: Path) -> None:
+def main(out: Path, engines: dict[str, int]) -> None:
     from ray.util.state import list_actors, list_nodes
 
     def joined() -> int:
@@ -155,7 +156,7 @@ def main(out: Path) -> None:
             while joined() < len(ROLES):
                 assert time.monotonic() < deadline, f"{joined()} of {len(ROLES)} hosts have joined"
                 time.sleep(1)
-            file = configuration(folder)
+            file = configuration(folder, engines)
             before = {name: crossed(name) for name in ROLES}
             command = [sys.executable, "-m", "rlhf_ray", "submit", str(file), "--address", DASHBOARD, "--name", "hosts"]
             job = subprocess.run(
@@ -177,8 +178,9 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    # The cluster asks for a token, as one that is reached over a network should. Ray reads this as it is imported,
+    # which is later.
     for variable in [variable for variable in os.environ if variable.startswith("RAY_")]:
         del os.environ[variable]
-    # The cluster asks for a token, as one that is reached over a network should.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

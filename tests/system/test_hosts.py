@@ -15,21 +15,36 @@ pytestmark = [pytest.mark.system, pytest.mark.long]
 SCRIPT = Path(__file__).with_name("hosts.py")
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def run(folder: Path, engines: dict[str, int]) -> dict[str, Any]:
     """What `hosts.py` saw."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("needs root and `ip` (Debian: iproute2) for network namespaces")
     probe = subprocess.run(["unshare", "--net", "true"], capture_output=True, timeout=30, check=False)
     if probe.returncode != 0:
         pytest.skip("this machine allows no network namespaces")
-    out = tmp_path_factory.mktemp("hosts") / "found.json"
-    done = subprocess.run([sys.executable, str(SCRIPT), str(out)], capture_output=True, text=True, timeout=900)
+    out = folder / "found.json"
+    command = [sys.executable, str(SCRIPT), str(out), json.dumps(engines)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())
 
 
-def test_the_job_runs_to_its_end(found: dict[str, Any]):
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two engines, each on a host."""
+    return run(tmp_path_factory.mktemp("hosts"), {"engines": 2})
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One engine, split over two hosts."""
+    engines = {"engines": 1, "tensor_parallel": 2, "nodes_per_engine": 2}
+    return run(tmp_path_factory.mktemp("split"), engines)
+
+
+@pytest.mark.parametrize("name", ["found", "split"])
+def test_the_job_runs_to_its_end(name: str, request: pytest.FixtureRequest):
+    found = request.getfixturevalue(name)
     assert found["exit_code"] == 0, found["output"]
     assert len(found["metrics"]) == 4
     assert all(row["sampling/sampling_logp_difference/max"] < 1e-5 for row in found["metrics"])
@@ -49,3 +64,10 @@ def test_gradients_and_weights_cross_the_links(found: dict[str, Any]):
     assert found["bytes"]["trainer-b"] > 4 * model
     assert found["bytes"]["rollout-a"] > 5 * model
     assert found["bytes"]["rollout-b"] > 5 * model
+
+
+def test_an_engine_is_split_over_two_hosts_and_its_activations_cross_the_links(split: dict[str, Any]):
+    assert {split["actors"]["rollout-0"], split["actors"]["rollout-0-part-1"]} == {"rollout-a", "rollout-b"}
+    model = 4 * 90_000
+    assert split["bytes"]["rollout-a"] > 5 * model
+    assert split["bytes"]["rollout-b"] > 5 * model

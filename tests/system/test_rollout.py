@@ -47,8 +47,8 @@ SMALL_BUCKET = 4096
 class Named(Placement):
     """A placement whose actors are named after the test's world, so that two of them can live side by side."""
 
-    def options(self, name: str, rank: int) -> dict[str, Any]:
-        options = super().options(name, rank)
+    def options(self, name: str, rank: int, part: int = 0) -> dict[str, Any]:
+        options = super().options(name, rank, part)
         return options | {"name": f"{self.logs.name}-{options['name']}"}
 
 
@@ -102,13 +102,16 @@ def running(
     engines: int = 1,
     ranks: int = 1,
     tensor_parallel: int = 1,
+    nodes: int = 1,
     prepare: Callable[[Any], None] | None = None,
     **training: Any,
 ) -> Iterator[World]:
     """A world, not yet transferred. `prepare` runs in the trainer's processes before they connect."""
+    parts = engines * nodes
     plan = Plan(
-        [{"CPU": 0.5}] * (engines + ranks),
-        {"rollout": list(range(engines)), "policy": list(range(engines, engines + ranks))},
+        [{"CPU": 0.5}] * (parts + ranks),
+        {"rollout": list(range(parts)), "policy": list(range(parts, parts + ranks))},
+        split={"rollout": nodes},
     )
     engine = EngineSpec(
         model=model,
@@ -123,6 +126,7 @@ def running(
         kv_cache_gib=0.05,
         trust_remote_code=False,
         backend="gloo",
+        nodes=nodes,
     )
     spec = TrainerSpec("policy", model, "causal", TrainingSection(**training), 3e-3, total_steps=100, seed=0)
     with reserve(plan, logs) as reserved:
@@ -156,8 +160,8 @@ def tied(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="module")
 def partitioned(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """One engine of two tensor-parallel workers and two ranks of ZeRO-3, of a model with untied embeddings, sent in
-    buckets of 4 KiB."""
+    """One engine of two tensor-parallel workers, split as over two nodes, and two ranks of ZeRO-3, of a model with
+    untied embeddings, sent in buckets of 4 KiB."""
     folder = tmp_path_factory.mktemp("partitioned")
 
     def use_small_buckets(actor: Any) -> None:
@@ -168,7 +172,7 @@ def partitioned(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> 
         )
 
     model = make_llama(folder / "model", tie=False)
-    with running(model, folder, ranks=2, tensor_parallel=2, prepare=use_small_buckets, zero_stage=3) as world:
+    with running(model, folder, ranks=2, tensor_parallel=2, nodes=2, prepare=use_small_buckets, zero_stage=3) as world:
         world.train()
         world.transfer()
         yield world
@@ -423,3 +427,10 @@ def test_a_response_ends_with_the_end_of_sequence_or_at_its_limit(tied: World):
     assert len({t.finish_reason for t in trajectories}) == 2
     # The end-of-sequence token has a log-probability of its own, and the trainer agrees on it.
     assert largest_difference(trajectories, tied.trainer_logprobs(trajectories)) < TOLERANCE
+
+
+def test_an_engine_ends_when_the_workers_of_its_other_node_do(partitioned: World):
+    other = ray.get_actor("partitioned0-rollout-0-part-1")
+    ray.kill(other)
+    with pytest.raises(EngineError, match="It was the last engine that served"):
+        list(partitioned.pool.generate(requests_of(24, max_new_tokens=180)))

@@ -108,6 +108,17 @@ from rlhf_ray.config.load import CONFIGS
             ["placement.share=[[policy, rollout]]", "rollout.engines=1", "rollout.min_engines=1"],
             "rollout.min_engines: given, but engines that share GPUs start all together; remove it",
         ),
+        (
+            "ppo",
+            ["placement.share=[[policy, rollout]]", "rollout.tensor_parallel=2", "rollout.nodes_per_engine=2"],
+            "rollout.nodes_per_engine: 2, but an engine that shares (`placement.share`) is on one node; set it to 1",
+        ),
+        (
+            "ppo",
+            ["rollout.tensor_parallel=4", "rollout.nodes_per_engine=3"],
+            "rollout.nodes_per_engine: 3 does not divide `rollout.tensor_parallel` 4, and every node takes an equal "
+            "part of an engine; set it to a divisor",
+        ),
         ("dpo", ["model.path=''"], "model.path: not given; set it to a model folder or hub name"),
         (
             "sft",

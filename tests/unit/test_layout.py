@@ -26,10 +26,10 @@ def plan_of(groups: dict[str, tuple[int, dict[str, float]]], **options) -> Plan:
 def test_ranks_of_a_group_fill_one_node_after_the_other():
     plan = plan_of({"policy": (4, {"CPU": 1, "GPU": 1})})
     assert lay_out(plan, nodes(2, gpus=2)).seats == [
-        Seat("policy", 0, 0, (0,)),
-        Seat("policy", 1, 0, (1,)),
-        Seat("policy", 2, 1, (0,)),
-        Seat("policy", 3, 1, (1,)),
+        Seat("policy", 0, 0, 0, (0,)),
+        Seat("policy", 1, 0, 0, (1,)),
+        Seat("policy", 2, 0, 1, (0,)),
+        Seat("policy", 3, 0, 1, (1,)),
     ]
 
 
@@ -49,6 +49,16 @@ def test_a_split_engine_takes_its_gpus_on_one_node():
         (0, (5,)),
         (1, (4,)),
         (1, (5,)),
+    ]
+
+
+def test_an_engine_that_is_larger_than_a_node_takes_the_gpus_of_two():
+    plan = plan_of({"rollout": (4, {"GPU": 4})}, split={"rollout": 2})
+    assert lay_out(plan, nodes(4, gpus=4)).seats == [
+        Seat("rollout", 0, 0, 0, (0, 1, 2, 3)),
+        Seat("rollout", 0, 1, 1, (0, 1, 2, 3)),
+        Seat("rollout", 1, 0, 2, (0, 1, 2, 3)),
+        Seat("rollout", 1, 1, 3, (0, 1, 2, 3)),
     ]
 
 
@@ -102,7 +112,7 @@ def test_groups_that_share_and_fit_no_node_are_named_together_once():
             {},
             {"CPU": 1, "GPU": 8},
             "rollout: a process needs 1 CPU and 8 GPU on one node, and the nodes have at most 8 CPU and 4 GPU each; "
-            "lower rollout.tensor_parallel",
+            "lower rollout.tensor_parallel, or raise rollout.nodes_per_engine",
         ),
         (
             {},

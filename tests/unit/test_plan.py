@@ -46,6 +46,31 @@ def test_an_engine_takes_the_gpus_of_all_its_ranks():
     assert demands(ppo("rollout.gpus=1", "rollout.tensor_parallel=4"))[1] == GroupDemand("rollout", 3, 2.0, 4.0)
 
 
+SPLIT = ("rollout.gpus=1", "rollout.tensor_parallel=8", "rollout.nodes_per_engine=2")
+
+
+def test_an_engine_over_two_nodes_takes_half_of_its_gpus_on_each():
+    config = ppo(*SPLIT)
+    assert demands(config)[1] == GroupDemand("rollout", 3, 2.0, 4.0, nodes=2)
+    plan = make_plan(config)
+    assert [plan.bundles[index] for index in plan.groups["rollout"]] == [{"CPU": 2.0, "GPU": 4.0}] * 6
+    assert plan.processes("rollout") == 3
+    assert plan.share("rollout", "GPU") == 8.0
+    assert plan.processes("policy") == 2
+
+
+def test_engines_over_several_nodes_are_counted_whole_where_the_cluster_is_too_small():
+    (problem,) = shortfalls(make_plan(ppo(*SPLIT)), {"CPU": 100, "GPU": 20})
+    assert problem == (
+        "GPU: the run needs 24 (rollout 3 x 8) and the cluster has 20; lower rollout.engines from 3 to 2, or add 4 GPU"
+    )
+
+
+def test_the_cpus_of_a_split_engine_are_those_on_each_node():
+    (problem,) = shortfalls(make_plan(ppo(*SPLIT, "rollout.engines=1")), {"CPU": 6, "GPU": 8})
+    assert "lower rollout.cpus from 2 to 0.5" in problem
+
+
 def test_the_plan_has_one_bundle_per_process_in_group_order():
     plan = make_plan(ppo("policy.gpus=0.5", "reference.cpus=0", "reference.gpus=0.25"))
     assert plan == Plan(
