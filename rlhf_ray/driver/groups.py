@@ -70,9 +70,7 @@ def running_groups(config: PPOConfig, tokenizer: Any, tokenizer_folder: str, log
                 # An engine counts as its own what others take of its GPU while it starts.
                 turns.to_engines()
                 rollout.launch()
-            importing = policy.prepare_to_send()  # takes seconds, which pass while the engines still start
             rollout.start()
-            importing.result()
             rollout.connect(policy)
             yield Groups(policy, critic, rollout, scorer, turns)
 

@@ -83,7 +83,7 @@ class PPOLoop:
                 self.groups.turns.to_engines()
                 if self._trains_policy(iteration):
                     self.version += 1
-                if self._trains_policy(iteration) or self.groups.turns.taken:
+                if self._trains_policy(iteration) or self.groups.turns.taken:  # engines that slept have no weights
                     metrics |= self._transfer()
             metrics |= experience.metrics | self._state_metrics(scored)
             self.kl.update(experience.kl, len(experience.policy))

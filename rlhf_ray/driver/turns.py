@@ -25,7 +25,7 @@ class Turns:
 
     def __init__(self, config: PPOConfig, trainers: Mapping[str, TrainerGroup], rollout: RolloutPool) -> None:
         partners = config.placement.partners("rollout")
-        self.taken = takes_turns(config)
+        self.taken = takes_turns(config)  # whether anybody ever rests
         self._trainers = [trainer for name, trainer in trainers.items() if name in partners] if self.taken else []
         self._rollout = rollout
         if partners and not config.rollout.gpus:

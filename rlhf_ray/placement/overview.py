@@ -229,7 +229,7 @@ def _over_main_memory(
     counts: dict[int, Counter[str]] = {}
     for seat in layout.seats:
         if seat.group in estimates and estimates[seat.group].in_main_memory:
-            counts.setdefault(seat.node, Counter())[seat.group] += 1
+            counts.setdefault(seat.node, Counter())[seat.group] += _estimated_in(config, seat.group)
     found: dict[Any, str] = {}
     for index, groups in counts.items():
         node = nodes[index]
@@ -247,6 +247,13 @@ def _over_main_memory(
             f"({parts}); {change}, or use a larger node"
         )
     return list(found.values())
+
+
+def _estimated_in(config: StageConfig, group: str) -> int:
+    """How many of what is estimated sit in one bundle: an engine's estimate is that of a tensor-parallel rank."""
+    if not isinstance(config, PPOConfig) or group != "rollout":
+        return 1
+    return config.rollout.tensor_parallel // config.rollout.nodes_per_engine
 
 
 def _too_little_cache(config: StageConfig, estimates: Mapping[str, Estimate], shapes: Shapes) -> list[str]:

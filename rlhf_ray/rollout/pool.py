@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # fp32 engines agree to about 1e-6; bf16 rounds each of them by a few hundredths.
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
-SAMPLING = "rollout engines: the next response"
+SAMPLING = "rollout engines: the longest wait for a response"
 
 
 def sampling_seed(run_seed: int, iteration: int, uid: str, sample: int) -> int:
@@ -204,6 +204,7 @@ class RolloutPool:
             return stream
 
         pending: list[Any] = [send(rank, share) for rank, share in shares.items()]
+        longest = 0.0
         while pending:
             ready: list[Any]
             asked, limit = time.monotonic(), self._patience.limit(SAMPLING)
@@ -211,7 +212,7 @@ class RolloutPool:
             if not ready:
                 names = ", ".join(f"rollout-{streams[stream].rank}" for stream in pending)
                 raise Stalled(f"{names}: no response finished within {limit:g} s")
-            self._patience.took(SAMPLING, time.monotonic() - asked)
+            longest = max(longest, time.monotonic() - asked)
             for stream in ready:
                 owed = streams[stream]
                 try:
@@ -225,6 +226,7 @@ class RolloutPool:
                     del owed.requests[trajectory.uid, trajectory.sample]
                 yield finished
                 pending.append(stream)
+        self._patience.took(SAMPLING, longest)  # once a call: the first response may take much longer than the next
 
     def _hand_over(self, owed: "_Stream", error: ActorDied) -> dict[int, list[SampleRequest]]:
         """A dead engine's unfinished requests, for the others; its successor starts beside them.

@@ -118,10 +118,6 @@ class TrainerActor:
         with activity().busy("offload"):
             self.trainer.restore_optimizer()
 
-    def prepare_to_send(self) -> None:
-        """Import vLLM's side of the weight transfer, ahead of `connect_engines`."""
-        import rlhf_ray.rollout.sender  # noqa: F401
-
     def connect_engines(self, engines: list[Any], workers_per_engine: int, dtype: str, backend: str) -> None:
         """Join the weight-transfer group with `engines` (actor handles)."""
         from rlhf_ray.rollout.sender import WeightSender

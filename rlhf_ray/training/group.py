@@ -52,7 +52,10 @@ class TrainerGroup:
     ) -> tuple[Answer, list[list[PackedBatch]]]:
         shares = self._share_out(sequences, group)
         refs = [getattr(actor, method).remote(share, *args) for actor, share in zip(self._actors, shares, strict=True)]
-        return Answer(refs, f"{self.spec.name} trainer: {what}", self._patience), shares
+        # How long it takes follows from the tokens: a probe is no measure of a pass over all that is evaluated.
+        at_most = 1 << (sum(map(len, sequences)) - 1).bit_length()
+        phase = f"{self.spec.name} trainer: {what} over up to {at_most:,} tokens"
+        return Answer(refs, phase, self._patience), shares
 
     def step(
         self, sequences: Items[Sequence], objective: Objective, group: Items[int] | None = None
@@ -92,10 +95,6 @@ class TrainerGroup:
     def restore_optimizer(self) -> Answer:
         """Move them back."""
         return self._on_all("restore_optimizer", "moving the optimizer back")
-
-    def prepare_to_send(self) -> Answer:
-        """Import what sending weights needs."""
-        return self._on_all("prepare_to_send", "preparing to send weights")
 
     def connect_engines(self, engines: list[Any], workers_per_engine: int, dtype: str, backend: str) -> Answer:
         """Join a weight-transfer group with rollout engines, over "gloo", "nccl" or "ipc"."""

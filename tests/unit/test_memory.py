@@ -155,6 +155,13 @@ def test_main_memory_counts_for_processes_without_a_gpu():
     assert len(problems) == 1 and problems[0].startswith("main memory of tiny: ")
 
 
+def test_main_memory_counts_for_every_rank_of_a_tensor_parallel_engine():
+    config = load_config("configs/demo.yaml", ["ppo.rollout.tensor_parallel=2"], "pipeline")
+    found = overviews(config, [Node(name="tiny", cpus=2, memory_gib=2)])[2]
+    two = 2 * found.estimates["rollout"].total / 2**30
+    assert f"rollout {two:.1f}" in found.problems[0]
+
+
 def test_main_memory_counts_for_an_offloaded_optimizer():
     two = section(zero_stage=2, offload_optimizer=True)
     assert trainer(SHAPE, two, 2, on_gpu=True).in_main_memory == 16 * 5e6
