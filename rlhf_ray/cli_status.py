@@ -24,9 +24,10 @@ def status(
     from rlhf_ray.tracking import status as processes
 
     def shown() -> Group:
-        last = processes.last_metrics(run)
-        step = last.get("step")
+        step = processes.last_metrics(run).get("step")
         heading = f"{run}: " + ("no step done yet" if step is None else f"step {step} is done (counted from 0)")
+        if (run / "summary.json").is_file():
+            heading += "; the run has finished, and its processes are gone"
         return Group(heading, processes.table(processes.read_status(run)))
 
     console = Console(highlight=False)

@@ -25,7 +25,7 @@ from rlhf_ray.placement.plan import GroupDemand, demands, plan_of
 from rlhf_ray.rollout.engine import EngineSpec, SampleRequest
 from rlhf_ray.rollout.pool import RolloutPool, sampling_seed
 from rlhf_ray.runtime.cluster import connection
-from rlhf_ray.runtime.patience import patience_of
+from rlhf_ray.runtime.patience import Patience
 from rlhf_ray.runtime.remote import START_TIMEOUT_S, get
 from rlhf_ray.stages.models import check_context
 
@@ -194,7 +194,8 @@ def _measure(
 
 @contextmanager
 def _system(config: PPOConfig, spec: EngineSpec, placement: Placement) -> Iterator[Side]:
-    pool = RolloutPool(spec, placement, patience_of(config.run))
+    # Lengths differ from cell to cell, so that none says how long another may take.
+    pool = RolloutPool(spec, placement, Patience(config.run.timeout_s, config.run.timeout_s))
     pool.launch()
     try:
         pool.start()

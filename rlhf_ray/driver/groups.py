@@ -18,6 +18,7 @@ from rlhf_ray.runtime.cluster import connection
 from rlhf_ray.runtime.patience import Patience, patience_of
 from rlhf_ray.scoring.scorer import Scorer
 from rlhf_ray.tracking.stall import reporting_stalls
+from rlhf_ray.tracking.status import forget
 from rlhf_ray.training.group import TrainerGroup
 from rlhf_ray.training.trainer import TrainerSpec
 
@@ -51,6 +52,7 @@ def running_groups(config: PPOConfig, tokenizer: Any, tokenizer_folder: str, log
         stack.enter_context(connection(config.run.ray_address))
         placement = stack.enter_context(reserve(make_plan(config), logs))
         patience = patience_of(config.run)
+        forget(logs.parent)
         rollout = RolloutPool(engine_spec(config, (tokenizer.eos_token_id,)), placement, patience)
         stack.callback(rollout.stop)
         if not takes_turns(config):

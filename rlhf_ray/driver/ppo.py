@@ -9,7 +9,7 @@ cut at its limit is bootstrapped with the critic's value instead of ending there
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,10 @@ class PPOLoop:
 
     def train(self) -> dict[str, float]:
         """Run the iterations that are left; returns the last one's metrics."""
+        with closing(self.activity):
+            return self._train()
+
+    def _train(self) -> dict[str, float]:
         self.groups.turns.to_trainers()
         self._restore()
         self.groups.turns.to_engines()

@@ -7,10 +7,12 @@ a prompt that was drawn, sampled and scored but whose iteration did not end is d
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlhf_ray.config import PPOConfig
@@ -19,6 +21,7 @@ from rlhf_ray.driver.checkpoint import STATE, damage
 from rlhf_ray.errors import StageError
 from rlhf_ray.tracking.rundir import metric_rows
 
+MOST_NAMES = 3
 COLUMNS = ["uid", "sample", "weight_version", "oldest_version"]
 
 
@@ -47,12 +50,24 @@ def verify(run_dir: Path) -> list[Finding]:
     if not (run_dir / "config.yaml").is_file():
         raise StageError(f"{run_dir} holds no run (no config.yaml); name the directory of a run")
     config = load_any(run_dir / "config.yaml", [])
+    # Before the metrics, which a run under way writes first.
+    checkpoints = sorted((run_dir / "checkpoints").glob("step_*"))
     rows = [row for _, row in metric_rows(run_dir / "metrics.jsonl")]
-    findings = [_metrics(rows), *_checkpoints(run_dir, len(rows))]
-    if isinstance(config, PPOConfig):
+    damages = {folder: damage(folder) for folder in checkpoints}
+    findings = [_metrics(rows), *_checkpoints(damages, len(rows))]
+    if not isinstance(config, PPOConfig):
+        return findings
+    try:
         tables = list(_tables(run_dir, len(rows)))
-        findings += [_samples(config, tables), _draws(_num_prompts(run_dir), tables), _versions(config, tables)]
-    return findings
+    except (OSError, pa.ArrowInvalid) as error:
+        return [*findings, Finding("samples", "a table that cannot be read", str(error))]
+    whole = [folder for folder, problem in damages.items() if problem is None]
+    return [
+        *findings,
+        _samples(config, tables),
+        _draws(_num_prompts(run_dir, whole), tables),
+        _versions(config, tables),
+    ]
 
 
 def _metrics(rows: list[dict[str, Any]]) -> Finding:
@@ -63,10 +78,11 @@ def _metrics(rows: list[dict[str, Any]]) -> Finding:
     return Finding("metrics", found)
 
 
-def _checkpoints(run_dir: Path, steps: int) -> Iterator[Finding]:
-    for folder in sorted((run_dir / "checkpoints").glob("step_*")):
+def _checkpoints(damages: dict[Path, str | None], steps: int) -> Iterator[Finding]:
+    for folder, problem in damages.items():
         step = int(folder.name.removeprefix("step_"))
-        problem = damage(folder)
+        if problem is not None and not folder.exists():
+            continue  # an old one, that the run removed meanwhile
         if problem is None and step > steps:
             problem = f"it is of {step} steps, and the metrics know {steps}"
         yield Finding(f"checkpoint {folder.name}", "whole" if problem is None else "damaged", problem)
@@ -76,7 +92,10 @@ def _tables(run_dir: Path, steps: int) -> Iterator[list[dict[str, Any]]]:
     """The rows of each step that the metrics know; a later table is of a step that did not end."""
     for step in range(steps):
         file = run_dir / "samples" / f"step_{step:06d}.parquet"
-        yield pq.read_table(file, columns=COLUMNS).to_pylist() if file.is_file() else []
+        try:
+            yield pq.read_table(file, columns=COLUMNS).to_pylist() if file.is_file() else []
+        except pa.ArrowInvalid as error:
+            raise pa.ArrowInvalid(f"{file}: {error}") from error
 
 
 def _samples(config: PPOConfig, tables: list[list[dict[str, Any]]]) -> Finding:
@@ -103,7 +122,7 @@ def _draws(num_prompts: int | None, tables: list[list[dict[str, Any]]]) -> Findi
     drawn: Counter[str] = Counter()
     how_many = Counter({0: num_prompts or 0})  # prompts that were drawn so often
     for step, rows in enumerate(tables):
-        for uid in {row["uid"] for row in rows}:
+        for uid in dict.fromkeys(row["uid"] for row in rows):
             prompt = uid.partition("+")[0]  # one that comes twice in an iteration has a number after it
             how_many[drawn[prompt]] -= 1
             drawn[prompt] += 1
@@ -113,10 +132,11 @@ def _draws(num_prompts: int | None, tables: list[list[dict[str, Any]]]) -> Findi
         epoch, more = divmod(drawn.total(), num_prompts)
         # Of all that were drawn, `more` came epoch + 1 times, and every one of the others epoch times.
         if how_many[epoch + 1] != more or how_many[epoch] != num_prompts - more:
-            prompt, often = drawn.most_common()[0]
+            often = max(drawn.values())
+            names = ", ".join([prompt for prompt, count in drawn.items() if count == often][:MOST_NAMES])
             problem = (
                 f"by step {step} {drawn.total()} prompts were drawn of {num_prompts}, which is {epoch} epochs and "
-                f"{more} prompts, and prompt {prompt} came {often} times"
+                f"{more} prompts, and {names} came {often} times"
             )
             return Finding("prompts", f"{len(drawn)} prompts", problem)
     if num_prompts is None:
@@ -124,13 +144,13 @@ def _draws(num_prompts: int | None, tables: list[list[dict[str, Any]]]) -> Findi
     return Finding("prompts", f"{drawn.total()} drawn of {num_prompts}, each once an epoch")
 
 
-def _num_prompts(run_dir: Path) -> int | None:
-    """How many prompts the run draws from, as its summary or a checkpoint says."""
+def _num_prompts(run_dir: Path, whole: list[Path]) -> int | None:
+    """How many prompts the run draws from, as its summary or a whole checkpoint says."""
     summary = run_dir / "summary.json"
     if summary.is_file():
         return int(json.loads(summary.read_text(encoding="utf-8"))["prompts"])
-    for folder in sorted((run_dir / "checkpoints").glob("step_*"), reverse=True):
-        if damage(folder) is None:
+    for folder in reversed(whole):
+        with suppress(FileNotFoundError):  # the run removed it meanwhile
             return int(json.loads((folder / STATE).read_text(encoding="utf-8"))["order"]["num_items"])
     return None
 

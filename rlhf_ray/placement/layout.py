@@ -37,8 +37,8 @@ class Layout:
     """A plan on an inventory.
 
     Attributes:
-        seats: of every process that found one, in the order of the plan's groups.
-        without: processes of each group that found none.
+        seats: of every bundle that found one, in the order of the plan's groups.
+        without: bundles of each group that found none.
     """
 
     seats: list[Seat]
@@ -170,16 +170,16 @@ def _misfit(plan: Plan, group: str, nodes: list[Node]) -> str | None:
         return f"{who}: {what} needs {needs} on one node, and the {where} have at most {has} each; lower {key}"
     if group in plan.spread and count > len(able):
         return (
-            f"{group}: placement.spread puts its {count} processes on a node each, and {len(able)} {where} can hold "
+            f"{group}: placement.spread puts its {count} bundles on a node each, and {len(able)} {where} can hold "
             "one; lower its number of processes, or take it out of placement.spread"
         )
     return None
 
 
 def crowding(plan: Plan, layout: Layout) -> list[str]:
-    """Groups of which some processes found no seat beside the others, in words."""
+    """Groups of which some bundles found no seat beside the others, in words."""
     return [
-        f"{group}: {count} of {len(plan.groups[group])} processes find no room beside the other groups; lower the "
+        f"{group}: {count} of {len(plan.groups[group])} bundles find no room beside the other groups; lower the "
         "number of processes or what each takes, or add a node"
         for group, count in layout.without.items()
     ]

@@ -165,51 +165,56 @@ def nearest_change(
         except ConfigError:
             return False
         plan, estimates = make_plan(other), estimate(other, gpu_memory_gib, shapes)
-        if on_gpu(mix, estimates) > gpu_memory_gib * GIB or shortfalls(plan, _totals(nodes)):
+        if on_gpu(mix, estimates) > gpu_memory_gib * GIB:
+            return False
+        if shortfalls(plan, _totals(nodes)) or misfits(plan, nodes):
             return False
         return not _over_main_memory(other, plan, lay_out(plan, nodes), nodes, estimates)
 
     for change in candidates:
-        if fits([change]):
-            return f"set {change}"
+        if fits(list(change)):
+            return "set " + ", ".join(change)
     together: dict[str, str] = {}
     for change in candidates:
-        together[change.partition("=")[0]] = change
+        together |= {override.partition("=")[0]: override for override in change}
         if fits(list(together.values())):
             return "set " + ", ".join(together.values())
     return None
 
 
-def _changes(config: StageConfig, group: str) -> Iterator[str]:
-    """Changes that save memory in a group, cheapest first."""
+def _changes(config: StageConfig, group: str) -> Iterator[tuple[str, ...]]:
+    """Changes that save memory in a group, cheapest first; each is one override or several that go together."""
     training = config.training
     if group in ("policy", "critic", "group"):
         if not training.gradient_checkpointing:
-            yield "training.gradient_checkpointing=true"
+            yield ("training.gradient_checkpointing=true",)
         yield from _halved("training.micro_batch_tokens", training.micro_batch_tokens, _longest(config))
         processes = _processes(config, group)
         if processes > 1:
-            yield from (f"training.zero_stage={stage}" for stage in range(training.zero_stage + 1, 4))
+            yield from ((f"training.zero_stage={stage}",) for stage in range(training.zero_stage + 1, 4))
         if not training.offload_optimizer:
-            yield "training.offload_optimizer=true"
+            yield ("training.offload_optimizer=true",)
         if not config.placement.partners(group):  # those that share are as many as their partners
-            yield from (f"{group}.processes={processes * factor}" for factor in (2, 4, 8))
+            yield from ((f"{group}.processes={processes * factor}",) for factor in (2, 4, 8))
     elif isinstance(config, PPOConfig) and group == "rollout":
         share = round(config.rollout.gpu_memory_utilization, 2)
         while share > 0.15:
             share = round(share - 0.05, 2)
-            yield f"rollout.gpu_memory_utilization={share:g}"
+            yield (f"rollout.gpu_memory_utilization={share:g}",)
         if not config.placement.partners(group):
-            yield from (f"rollout.tensor_parallel={config.rollout.tensor_parallel * factor}" for factor in (2, 4, 8))
+            for factor in (2, 4, 8):
+                split = f"rollout.tensor_parallel={config.rollout.tensor_parallel * factor}"
+                yield (split,)
+                yield split, f"rollout.nodes_per_engine={config.rollout.nodes_per_engine * factor}"
     elif isinstance(config, PPOConfig):
         section = config.reference if group == "reference" else config.reward
         yield from _halved(f"{group}.micro_batch_tokens", section.micro_batch_tokens, _longest(config))
 
 
-def _halved(key: str, tokens: int, longest: int) -> Iterator[str]:
+def _halved(key: str, tokens: int, longest: int) -> Iterator[tuple[str, ...]]:
     while tokens // 2 >= longest:
         tokens //= 2
-        yield f"{key}={tokens}"
+        yield (f"{key}={tokens}",)
 
 
 def _longest(config: StageConfig) -> int:

@@ -233,7 +233,7 @@ def describe(plan: Plan) -> str:
         totals = [share * processes for share in shares]
         rows.append([group, str(processes), *(f"{amount:g}" for amount in shares + totals)])
     totals = [plan.needed(resource) for resource in RESOURCE_KEYS]
-    rows.append(["total", str(len(plan.bundles)), "", "", *(f"{amount:g}" for amount in totals)])
+    rows.append(["total", str(sum(map(plan.processes, plan.groups))), "", "", *(f"{amount:g}" for amount in totals)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows

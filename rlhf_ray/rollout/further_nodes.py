@@ -15,11 +15,13 @@ import ray
 
 from rlhf_ray.runtime.interface import choose_interface
 from rlhf_ray.runtime.ports import held_port
+from rlhf_ray.tracking.activity import activity
 from rlhf_ray.tracking.logs import setup_actor_logging
 
 logger = logging.getLogger(__name__)
 
 HOST_VARIABLE = "VLLM_HOST_IP"  # where vLLM's processes of other nodes reach those of this one
+ACTOR_PROCESS = "RLHF_RAY_ENGINE_PROCESS"  # which the processes that vLLM starts on this node end with
 
 
 class FurtherNodes:
@@ -42,6 +44,7 @@ class FurtherNodes:
 
         The nodes meet at a port of this one, which is held until the block ends.
         """
+        os.environ[ACTOR_PROCESS] = str(os.getpid())
         if not self._places:
             yield self._args
             return
@@ -49,6 +52,8 @@ class FurtherNodes:
         os.environ[HOST_VARIABLE] = host
         with held_port(host) as port:
             args = self._args | {"nnodes": 1 + len(self._places), "master_addr": host, "master_port": port}
+            # vLLM's own all-reduce would look for all ranks among the GPUs of this actor, where nodes are one machine.
+            args["disable_custom_all_reduce"] = True
             self._actors = [ray.remote(NodeOfEngine).options(**place).remote() for place in self._places]
             work = [actor.work.remote(args | {"node_rank": 1 + i}) for i, actor in enumerate(self._actors)]
             Thread(target=self._end_with_others, args=(work,), name="end with other nodes", daemon=True).start()
@@ -76,8 +81,9 @@ class NodeOfEngine:
 
     def work(self, args: dict[str, Any]) -> None:
         """Run vLLM's workers of this node until one of them ends."""
-        os.environ[HOST_VARIABLE] = ray.util.get_node_ip_address()
+        os.environ |= {HOST_VARIABLE: ray.util.get_node_ip_address(), ACTOR_PROCESS: str(os.getpid())}
         setup_actor_logging()
+        activity()
         choose_interface()
         from vllm import AsyncEngineArgs
         from vllm.v1.executor.multiproc_executor import MultiprocExecutor

@@ -18,6 +18,7 @@ from rlhf_ray.placement.groups import Placement
 from rlhf_ray.rollout.engine import EngineSpec, RolloutEngine, SampleRequest
 from rlhf_ray.runtime.patience import Patience
 from rlhf_ray.runtime.remote import START_TIMEOUT_S, Answer, get
+from rlhf_ray.tracking.status import forget
 from rlhf_ray.training.group import TrainerGroup
 from rlhf_ray.trajectory import Trajectory
 
@@ -75,6 +76,8 @@ class RolloutPool:
             if rank >= count:
                 self._end(self._serving.pop(rank, None) or self._joining.pop(rank)[0])
                 self._placement.release("rollout", rank)
+                forget(self._placement.logs.parent, f"rollout-{rank}")
+                forget(self._placement.logs.parent, f"rollout-{rank}-part-*")
                 logger.info("rollout-%d left", rank)
         for rank in range(count):
             if rank not in self._serving and rank not in self._joining:

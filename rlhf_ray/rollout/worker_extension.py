@@ -1,31 +1,42 @@
 """Loaded by vLLM in every engine worker, before the worker makes its weight-transfer engine.
 
 Importing this module registers the `gloo` backend: that import is the only moment vLLM gives a plug-in. It also ties
-the process to the one that started it: vLLM's own processes go on when that one is killed, and hold their memory.
+the process to those that it works for: vLLM's own processes go on when those are killed, and hold their memory.
 """
 
 import multiprocessing
 import os
+import select
+import signal
+from contextlib import suppress
 from threading import Thread
 
 from rlhf_ray.rollout import gloo_transfer
+from rlhf_ray.rollout.further_nodes import ACTOR_PROCESS
 
 
-def _end_with_parent() -> None:
-    """End this process, which vLLM started, when the process that started it is gone."""
+def _end_with_actor() -> None:
+    """End this process, which vLLM started, when the one that started it is gone, or the engine's actor is.
+
+    Between the two there may be vLLM's engine process, which ends with nobody: it is ended here.
+    """
     parent = multiprocessing.parent_process()
-    if parent is None:  # the engine runs in the actor itself
+    if parent is None or parent.pid is None:  # the engine runs in the actor itself
         return
+    starter = os.pidfd_open(parent.pid)
+    actor = os.pidfd_open(int(os.environ.get(ACTOR_PROCESS, parent.pid)))
 
     def wait() -> None:
-        parent.join()
+        select.select([starter, actor], [], [])
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(starter, signal.SIGKILL)
         os._exit(1)
 
-    Thread(target=wait, name="end with parent", daemon=True).start()
+    Thread(target=wait, name="end with the actor", daemon=True).start()
 
 
 gloo_transfer.register()
-_end_with_parent()
+_end_with_actor()
 
 
 class WorkerExtension:

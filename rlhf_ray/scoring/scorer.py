@@ -107,31 +107,40 @@ class Scorer:
                 spec,
                 tokenizer_path,
                 reward.normalize == "model",
-                shared=len(reward.models),
+                among=(name, len(reward.models)),
             )
         self._function_items = dict(zip(names[len(reward.models) :], reward.functions, strict=True))
-        self._functions = {name: self._function(item) for name, item in self._function_items.items()}
+        self._functions = {name: self._function(name, item) for name, item in self._function_items.items()}
         self._function_loads = {name: actor.load.remote() for name, actor in self._functions.items()}
         self._model_loads = [
             actor.load.remote() for replicas in [self._references, *self._models.values()] for actor in replicas
         ]
 
-    def _replicas(self, group: str, actor: type, *args: Any, shared: int = 1) -> list[Any]:
-        """One actor a process of the group; several reward models share each process's resources."""
+    def _replicas(self, group: str, actor: type, *args: Any, among: tuple[str, int] = ("", 1)) -> list[Any]:
+        """One actor a process of the group; several reward models share each process's resources.
+
+        Args:
+            group: the group.
+            actor: its class.
+            args: what its constructor takes.
+            among: the model's own name, and of how many it is one.
+        """
+        own, shared = among
         actors: list[Any] = []
         for rank in range(len(self._placement.order[group])):
             options = self._placement.options(group, rank)
             if shared > 1:
-                del options["name"]
+                options["name"] = f"{group}-{own}-{rank}"
+                environment = self._placement.environment(options["name"], options["num_cpus"] / shared)
+                options["runtime_env"] = {"env_vars": environment}
                 options["num_cpus"] /= shared
                 options["num_gpus"] /= shared
             actors.append(ray.remote(actor).options(**options).remote(*args))
         return actors
 
-    def _function(self, item: RewardFunctionItem) -> Any:
+    def _function(self, name: str, item: RewardFunctionItem) -> Any:
         # Functions are cheap or wait for something else; they run beside the groups and take no share of them.
-        name = "reward-" + item.path.rpartition(":")[2]
-        environment = {"env_vars": self._placement.environment(name, 1)}
+        environment = {"env_vars": self._placement.environment(f"reward-{name}", 1)}
         return ray.remote(RewardFunctionActor).options(num_cpus=0, runtime_env=environment).remote(item.path)
 
     def start(self) -> None:
@@ -255,7 +264,7 @@ class Scorer:
         """A new process for a function. Calls queued behind the one that failed die with it and are treated alike."""
         if self._functions[name] is actor:
             ray.kill(actor)
-            self._functions[name] = self._function(self._function_items[name])
+            self._functions[name] = self._function(name, self._function_items[name])
             self._function_loads[name] = self._functions[name].load.remote()
 
     def stop(self) -> None:

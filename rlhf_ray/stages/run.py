@@ -121,8 +121,9 @@ class Run:
 
     def log(self, step: int, metrics: Mapping[str, float], samples: list[dict[str, Any]] | None = None) -> None:
         """Record step `step` (counted from 0)."""
-        self._tracker.log(step, metrics)
+        # The line of metrics comes last: a step that it names is complete.
         self._tracker.log_samples(step, samples or [])
+        self._tracker.log(step, metrics)
         if self._progress is not None:
             self._progress.update(step + 1, metrics)
 

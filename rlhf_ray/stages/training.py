@@ -19,6 +19,7 @@ from rlhf_ray.runtime.cluster import connection
 from rlhf_ray.runtime.patience import patience_of
 from rlhf_ray.stages.run import Run
 from rlhf_ray.tracking.stall import reporting_stalls
+from rlhf_ray.tracking.status import forget
 from rlhf_ray.training.group import TrainerGroup
 from rlhf_ray.training.trainer import Objective, TrainerSpec
 
@@ -65,6 +66,7 @@ def trainer_group(config: OfflineConfig, run: Run, spec: TrainerSpec) -> Iterato
             "steps of the run (examples * epochs / batch_size, rounded up); lower it, or train for longer"
         )
     with connection(config.run.ray_address), reserve(make_plan(config), run.directory.logs) as placement:
+        forget(run.directory.path)
         trainer = TrainerGroup(spec, placement, "group", patience_of(config.run))
         try:
             with reporting_stalls(run.directory.path):

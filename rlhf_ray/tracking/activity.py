@@ -54,8 +54,13 @@ class Activity:
         self._since = time.time()
         self._now: dict[str, Any] = {}  # last value of each metric
         self._set("rlhf_state", STATE_VALUES["idle"])
+        self._closed = threading.Event()
         if run_dir is not None:
             threading.Thread(target=self._tell, args=(run_dir / TRACE / f"{actor}{NOW}",), daemon=True).start()
+
+    def close(self) -> None:
+        """Say no more what the process does now."""
+        self._closed.set()
 
     @contextmanager
     def busy(self, name: str, *, tokens: int = 0, responses: int = 0, **details: Any) -> Iterator[None]:
@@ -107,7 +112,7 @@ class Activity:
 
     def _tell(self, file: Path) -> None:
         """Write what the process does now, again and again: a file that is old is a process that is gone or hangs."""
-        while True:
+        while not self._closed.is_set():
             under_way = list(self._open.values())
             name, since = under_way[-1] if under_way else ("idle", self._since)
             now = {"doing": name, "since": since, "told": time.time(), **_WHERE, **self._now}
@@ -115,7 +120,7 @@ class Activity:
                 temporary = file.with_name(f".{file.name}.tmp")
                 temporary.write_text(json.dumps(now) + "\n", encoding="utf-8")
                 temporary.replace(file)  # whole for its readers; that it outlives a power cut is not needed
-            time.sleep(NOW_EVERY_S)
+            self._closed.wait(NOW_EVERY_S)
 
     def _set(self, name: str, value: float) -> None:
         self._now[name] = value

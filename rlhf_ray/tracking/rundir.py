@@ -6,6 +6,8 @@ metrics.jsonl      one object a step
 samples/           step_000001.parquet, ...
 checkpoints/
 logs/              one file per actor
+trace/             what each process did, and what it does now
+stalls/            reports of waits that ended without an answer
 summary.json       written last
 .lock              held by the process that writes the run
 """

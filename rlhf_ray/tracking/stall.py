@@ -29,14 +29,18 @@ def reporting_stalls(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except Stalled as error:
-        raise Stalled(f"{error}\nWhat every process was doing: {write_report(run_dir, str(error))}") from error
+        try:
+            report = f"What every process was doing: {write_report(run_dir, str(error))}"
+        except Exception as problem:  # what was to be reported counts more
+            report = f"What every process was doing could not be written down: {problem}"
+        raise Stalled(f"{error}\n{report}") from error
 
 
 def write_report(run_dir: Path, problem: str) -> Path:
-    """Write what the processes of a run do now: all in a table, then those that are at work or silent, one by one.
+    """Write what the processes of a run do now: all in a table, then one by one.
 
-    Each of them comes with the last lines of its log and, where it runs on this host and py-spy may look into it, the
-    stack of each of its threads.
+    Each comes with the last lines of its log and, where it runs on this host and py-spy may look into it, the stack of
+    each of its threads.
 
     Returns:
         The file, `stalls/<time>.txt` in the run's directory.
@@ -46,7 +50,7 @@ def write_report(run_dir: Path, problem: str) -> Path:
     with console.capture() as captured:
         console.print(table(processes))
     parts = [problem, captured.get()]
-    parts += [_about(run_dir, one) for one in processes if one.is_silent or one.doing != "idle"]
+    parts += [_about(run_dir, one) for one in processes]
     path = run_dir / FOLDER / f"{time.strftime('%Y%m%d-%H%M%S')}.txt"
     path.parent.mkdir(exist_ok=True)
     write_text(path, "\n\n".join(parts) + "\n")
@@ -55,9 +59,9 @@ def write_report(run_dir: Path, problem: str) -> Path:
 
 def _about(run_dir: Path, one: ProcessStatus) -> str:
     told: dict[str, Any] = json.loads((run_dir / TRACE / f"{one.name}{NOW}").read_text(encoding="utf-8"))
-    state = f"silent for {duration(one.silent)}, before that" if one.is_silent else "at work on"
+    state = f"silent for {duration(one.silent)}, before that " if one.is_silent else ""
     where = f"process {told['process']} on {told['host']}"
-    heading = f"== {one.name}, {where}: {state} {one.doing} ({duration(one.seconds)})"
+    heading = f"== {one.name}, {where}: {state}{one.doing} ({duration(one.seconds)})"
     log = run_dir / "logs" / f"{one.name}.log"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:] if log.is_file() else []
     return "\n".join([heading, *(lines or ["(no log)"]), _stack(told["host"], told["process"])])

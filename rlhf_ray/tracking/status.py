@@ -65,11 +65,21 @@ def read_status(run_dir: Path, now: float | None = None) -> list[ProcessStatus]:
 def statuses(run_dir: Path, now: float | None = None) -> list[ProcessStatus]:
     """As `read_status`, and empty where no process has said anything."""
     now = time.time() if now is None else now
-    return [_read(file, now) for file in sorted((run_dir / TRACE).glob(f"*{NOW}"))]
+    found = (_read(file, now) for file in sorted((run_dir / TRACE).glob(f"*{NOW}")))
+    return [one for one in found if one is not None]
 
 
-def _read(file: Path, now: float) -> ProcessStatus:
-    told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+def forget(run_dir: Path, name: str = "*") -> None:
+    """Say no more of a process that has left; without a name, of all processes of an earlier start."""
+    for file in (run_dir / TRACE).glob(f"{name}{NOW}"):
+        file.unlink(missing_ok=True)
+
+
+def _read(file: Path, now: float) -> ProcessStatus | None:
+    try:
+        told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):  # just removed, or cut short by a full disk
+        return None
     return ProcessStatus(
         name=file.name.removesuffix(NOW),
         doing=told["doing"],

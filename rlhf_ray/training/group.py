@@ -21,6 +21,8 @@ class TrainerGroup:
     def __init__(self, spec: TrainerSpec, placement: Placement, group: str, patience: Patience) -> None:
         self.spec = spec
         self._patience = patience
+        # A shared file system that was quick may be slow when all jobs save at once.
+        self._files = Patience(patience.ceiling_s, patience.ceiling_s)
         self.token_budget = spec.section.micro_batch_tokens
         world_size = len(placement.order[group])
         actor = ray.remote(TrainerActor)
@@ -39,9 +41,9 @@ class TrainerGroup:
         address = get(self._actors[0].listen.remote(), f"{self.spec.name} trainer: process start", START_TIMEOUT_S)
         return self._on_all("setup", "loading the model", *address)
 
-    def _on_all(self, method: str, what: str, *args: Any) -> Answer:
+    def _on_all(self, method: str, what: str, *args: Any, patience: Patience | None = None) -> Answer:
         refs = [getattr(actor, method).remote(*args) for actor in self._actors]
-        return Answer(refs, f"{self.spec.name} trainer: {what}", self._patience)
+        return Answer(refs, f"{self.spec.name} trainer: {what}", patience or self._patience)
 
     def _share_out(self, sequences: Items[Sequence], group: Items[int] | None) -> list[list[PackedBatch]]:
         plan = partition([len(s) for s in sequences], self.world_size, self.token_budget, group)
@@ -78,15 +80,16 @@ class TrainerGroup:
 
     def save(self, folder: str) -> Answer:
         """Write a checkpoint into `folder`, which all ranks must reach."""
-        return self._on_all("save", "writing a checkpoint", folder)
+        return self._on_all("save", "writing a checkpoint", folder, patience=self._files)
 
     def load(self, folder: str) -> Answer:
         """Read a checkpoint."""
-        return self._on_all("load", "reading a checkpoint", folder)
+        return self._on_all("load", "reading a checkpoint", folder, patience=self._files)
 
     def export(self, folder: str, tokenizer: str, card: Any, extra_config: dict[str, Any] | None = None) -> Answer:
         """Write the weights as a transformers folder with the tokenizer of `tokenizer`."""
-        return self._on_all("export", "writing the model", folder, tokenizer, card, extra_config or {})
+        arguments = (folder, tokenizer, card, extra_config or {})
+        return self._on_all("export", "writing the model", *arguments, patience=self._files)
 
     def free_optimizer(self) -> Answer:
         """Move the optimizer's states to main memory."""

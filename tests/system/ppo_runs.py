@@ -8,14 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.util.placement_group import placement_group_table
 from tiny_models import make_llama
 
 from rlhf_ray.config import PPOConfig, from_dict
+from rlhf_ray.tracking.logs import LOGS
 
 TOLERANCE = 1e-5  # of fp32 log-probabilities
 ITERATIONS = 4
+
+
+def processes_of(logs: str) -> dict[int, str]:
+    """The living processes that log into the run's folder, and their names."""
+    found = {}
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(LOGS) == logs and process.status() != psutil.STATUS_ZOMBIE:
+                found[process.pid] = " ".join(process.cmdline())
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
 
 
 @dataclass

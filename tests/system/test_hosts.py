@@ -66,7 +66,7 @@ def test_gradients_and_weights_cross_the_links(found: dict[str, Any]):
     assert found["bytes"]["rollout-b"] > 5 * model
 
 
-def test_an_engine_is_split_over_two_hosts_and_its_activations_cross_the_links(split: dict[str, Any]):
+def test_an_engine_is_split_over_two_hosts_and_both_get_its_weights(split: dict[str, Any]):
     assert {split["actors"]["rollout-0"], split["actors"]["rollout-0-part-1"]} == {"rollout-a", "rollout-b"}
     model = 4 * 90_000
     assert split["bytes"]["rollout-a"] > 5 * model

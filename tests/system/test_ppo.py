@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from ppo_runs import ITERATIONS, TOLERANCE, Inputs, make_inputs, nothing_left, rows_of
+from ppo_runs import ITERATIONS, TOLERANCE, Inputs, make_inputs, nothing_left, processes_of, rows_of
 from tiny_models import make_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -28,7 +28,6 @@ from rlhf_ray.driver.verify import verify
 from rlhf_ray.errors import RunStopped, StageError
 from rlhf_ray.rollout.pool import RolloutPool
 from rlhf_ray.stages.ppo import train_ppo
-from rlhf_ray.tracking.logs import LOGS
 from rlhf_ray.tracking.metrics import check_known
 from rlhf_ray.tracking.timeline import cut, idle_shares, iterations, read_timeline
 
@@ -410,18 +409,6 @@ def test_no_process_of_an_engine_outlives_it(elastic: PPOConfig):
     while left := processes_of(logs):
         assert time.monotonic() < deadline, left
         time.sleep(0.5)
-
-
-def processes_of(logs: str) -> list[str]:
-    """Names of the living processes that log into the run's folder."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(LOGS) == logs and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline()))
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
 
 
 def test_only_a_running_ppo_run_is_scaled(elastic: PPOConfig, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ppo_runs import processes_of
 from tiny_models import make_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -429,8 +431,15 @@ def test_a_response_ends_with_the_end_of_sequence_or_at_its_limit(tied: World):
     assert largest_difference(trajectories, tied.trainer_logprobs(trajectories)) < TOLERANCE
 
 
-def test_an_engine_ends_when_the_workers_of_its_other_node_do(partitioned: World):
-    other = ray.get_actor("partitioned0-rollout-0-part-1")
-    ray.kill(other)
+def test_an_engine_ends_with_all_its_processes_when_the_workers_of_its_other_node_do(partitioned: World):
+    logs = str(partitioned.pool._placement.logs)
+    trainers = {os.getpid(), *partitioned.on_trainer(lambda _: os.getpid())}
+    of_engine = processes_of(logs).keys() - trainers
+    assert len(of_engine) >= 5  # two actors, vLLM's engine and two workers
+    ray.kill(ray.get_actor(f"{Path(logs).name}-rollout-0-part-1"))
     with pytest.raises(EngineError, match="It was the last engine that served"):
         list(partitioned.pool.generate(requests_of(24, max_new_tokens=180)))
+    deadline = time.monotonic() + 30
+    while of_engine & processes_of(logs).keys():
+        assert time.monotonic() < deadline, processes_of(logs)
+        time.sleep(0.2)

@@ -122,7 +122,7 @@ def test_groups_that_share_and_fit_no_node_are_named_together_once():
         (
             {"spread": ("rollout",)},
             {"CPU": 1},
-            "rollout: placement.spread puts its 3 processes on a node each, and 2 nodes can hold one; lower its number "
+            "rollout: placement.spread puts its 3 bundles on a node each, and 2 nodes can hold one; lower its number "
             "of processes, or take it out of placement.spread",
         ),
     ],
@@ -137,7 +137,7 @@ def test_processes_without_room_beside_the_others_are_counted():
     layout = lay_out(plan, nodes(3))
     assert len(layout.seats) == 3 and layout.without == {"critic": 1}
     assert crowding(plan, layout) == [
-        "critic: 1 of 2 processes find no room beside the other groups; lower the number of processes or what each "
+        "critic: 1 of 2 bundles find no room beside the other groups; lower the number of processes or what each "
         "takes, or add a node"
     ]
 

@@ -11,7 +11,7 @@ from rlhf_ray.config import from_dict, load_config
 from rlhf_ray.config.sections import TrainingSection
 from rlhf_ray.placement.inventory import Node
 from rlhf_ray.placement.memory import GIB, cache_bytes_per_token, estimate, trainer
-from rlhf_ray.placement.overview import on_gpu, overview, overviews
+from rlhf_ray.placement.overview import nearest_change, on_gpu, overview, overviews
 from rlhf_ray.placement.shapes import ModelShape, find_shape, shape_from_config
 
 # 10 million parameters in matrices: a layer of 2.5, an embedding of 5.
@@ -213,6 +213,15 @@ def test_a_change_that_main_memory_cannot_take_is_not_the_nearest_one():
     assert "training.offload_optimizer=true" in problem
     (problem,) = overview(config, [enough.model_copy(update={"memory_gib": 13.0})]).problems
     assert "training.offload_optimizer=true" not in problem
+
+
+def test_an_engine_that_no_node_can_hold_is_to_be_split_over_several():
+    """A 70B model in bf16 on nodes of two GPUs of 40 GiB: two of them hold half of it."""
+    config = load_config("configs/multi_node.yaml", ["rollout.tensor_parallel=2", "rollout.engines=1"], "ppo")
+    shape = replace(SHAPE, parameters=70_000_000_000)
+    nodes = [Node(name=f"n{i}", cpus=96, gpus=2, gpu_memory_gib=40, memory_gib=1500) for i in range(100)]
+    change = nearest_change(config, nodes, (("rollout", 1),), 40, lambda _: shape)
+    assert change == "set rollout.tensor_parallel=4, rollout.nodes_per_engine=2"
 
 
 def test_from_dict_refuses_what_a_change_makes_wrong():

@@ -47,9 +47,16 @@ def test_a_stall_names_a_report_with_the_stack_and_the_log_of_the_process_that_h
     report = path.read_text()
     assert path.parent == tmp_path / "stalls"
     assert report.startswith("policy trainer: optimizer step: no answer within 5 s\n")
-    assert f"== policy-0, process {hanging.pid} on " in report and ": at work on step (" in report
+    assert f"== policy-0, process {hanging.pid} on " in report and ": step (" in report
     assert "line 99" in report and "line 80\n" in report and "line 79\n" not in report
-    assert "wait_for_a_rank_that_never_comes" in report or "no stack: " in report
+    assert "wait_for_a_rank_that_never_comes" in report or "Permission" in report
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_the_stall(tmp_path):
+    (tmp_path / "stalls").write_text("a file where the folder should be")
+    said = "optimizer step: no answer\nWhat every process was doing could not be written"
+    with pytest.raises(Stalled, match=said), reporting_stalls(tmp_path):
+        raise Stalled("optimizer step: no answer")
 
 
 def test_other_errors_pass_without_a_report(tmp_path):

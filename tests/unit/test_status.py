@@ -8,8 +8,8 @@ import pytest
 
 from rlhf_ray.cli import main
 from rlhf_ray.errors import StageError
-from rlhf_ray.tracking.activity import Activity
-from rlhf_ray.tracking.status import SILENT_S, duration, last_metrics, read_status
+from rlhf_ray.tracking.activity import NOW_EVERY_S, Activity
+from rlhf_ray.tracking.status import SILENT_S, duration, forget, last_metrics, read_status
 
 
 def say(run: Path, name: str, **told: object) -> None:
@@ -59,7 +59,7 @@ def test_the_command_shows_every_process_and_marks_the_silent(tmp_path, capsys):
     assert "step 5 is done" in out
     lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
     assert "step" in lines["critic-0"] and "12,345" in lines["critic-0"]
-    assert "silent (was: generate)" in lines["rollout-0"] and "2 min 5 s" in lines["rollout-0"]
+    assert "silent (was: generate)" in lines["rollout-0"] and "2 min " in lines["rollout-0"]
 
 
 def test_a_directory_without_a_run_is_one_error(tmp_path, capsys):
@@ -76,3 +76,31 @@ def test_a_directory_without_a_run_is_one_error(tmp_path, capsys):
 )
 def test_durations_read_as_people_write_them(seconds, said):
     assert duration(seconds) == said
+
+
+def test_who_has_left_is_forgotten_and_who_cannot_be_read_is_left_out(tmp_path):
+    for name in ("rollout-0", "rollout-1", "policy-0", "critic-0"):
+        say(tmp_path, name)
+    forget(tmp_path, "rollout-1")
+    (tmp_path / "trace" / "critic-0.now").write_text("")
+    assert [one.name for one in read_status(tmp_path)] == ["policy-0", "rollout-0"]
+    forget(tmp_path)
+    with pytest.raises(StageError, match="no word of any process"):
+        read_status(tmp_path)
+
+
+def test_a_process_that_is_done_with_a_run_falls_silent(tmp_path):
+    recorder = Activity("driver", tmp_path)
+    recorder.close()
+    time.sleep(NOW_EVERY_S)  # what was being written is written
+    forget(tmp_path)
+    time.sleep(2 * NOW_EVERY_S)
+    assert not list((tmp_path / "trace").glob("*.now"))
+
+
+def test_a_finished_run_is_said_to_have_finished(tmp_path, capsys):
+    say(tmp_path, "policy-0")
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        main(["status", str(tmp_path)])
+    assert "the run has finished" in capsys.readouterr().out

@@ -99,7 +99,7 @@ def stale(steps: list[list[dict[str, Any]]]) -> None:
         (
             doubled,
             "prompts",
-            "by step 1 6 prompts were drawn of 5, which is 1 epochs and 1 prompts, and prompt p1 came 2 times",
+            "by step 1 6 prompts were drawn of 5, which is 1 epochs and 1 prompts, and p0, p1 came 2 times",
         ),
         (lost_sample, "responses", "step 2, prompt p1: samples 0, and each of 2 should be there once"),
         (lost_prompt, "responses", "step 2 has 2 prompts, and 3 were drawn"),
@@ -131,3 +131,9 @@ def test_steps_that_are_missing_and_checkpoints_that_are_damaged_are_named(tmp_p
 def test_a_folder_without_a_run_is_one_error(tmp_path):
     with pytest.raises(StageError, match="holds no run"):
         verify(tmp_path)
+
+
+def test_a_table_that_cannot_be_read_is_named(tmp_path):
+    run = write_run(tmp_path / "run", rows_of_steps())
+    (run / "samples" / "step_000002.parquet").write_bytes(b"not a table")
+    assert "step_000002.parquet" in problems(run)["samples"]
