@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py --out benchmarks/results/memory.json
 
-Starts trainers, scorers and engines of several kinds, lets them work at their largest micro-batch, and compares the
-peak of each process with the estimate. On a CPU the peak is that of anonymous resident memory above what the process
-had after its imports; on a GPU (`--gpu`) it is what the allocator of torch reserved at its peak.
+Starts trainer groups of several kinds, lets them work at their largest micro-batch, and compares the peak of each
+process with the estimate. On a CPU the peak is that of anonymous resident memory above what the process had after its
+imports; on a GPU (`--gpu`) it is what the allocator of torch reserved at its peak.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import os
 import platform
 import tempfile
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +22,15 @@ os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "655
 
 import ray
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from rlhf_ray.config import from_dict
 from rlhf_ray.config.sections import TrainingSection
-from rlhf_ray.driver.groups import engine_spec
 from rlhf_ray.packing import Sequence
 from rlhf_ray.placement.groups import reserve
-from rlhf_ray.placement.memory import estimate, scorer, trainer
+from rlhf_ray.placement.memory import trainer
 from rlhf_ray.placement.plan import Plan
 from rlhf_ray.placement.shapes import find_shape
-from rlhf_ray.rollout.engine import RolloutEngine, SampleRequest
 from rlhf_ray.runtime.patience import Patience
-from rlhf_ray.scoring.actors import Completion, ModelSpec, ReferenceActor, RewardModelActor
 from rlhf_ray.training.group import TrainerGroup
 from rlhf_ray.training.objectives import LanguageModeling, ValueUpdate
 from rlhf_ray.training.trainer import TrainerSpec
@@ -45,24 +38,6 @@ from rlhf_ray.training.trainer import TrainerSpec
 GIB = 2**30
 TIMEOUT_S = 600.0
 LENGTH = 256
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """A reference or reward model to measure."""
-
-    group: str
-    dtype: str
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A rollout engine to measure."""
-
-    dtype: str
-    kv_cache_gib: float
-    max_concurrency: int
 
 
 @dataclass(frozen=True)
@@ -77,8 +52,6 @@ class Cell:
     tokens: int
 
 
-SCORERS = [Scoring("reference", "fp32", 4096), Scoring("reference", "bf16", 8192), Scoring("reward", "fp32", 8192)]
-ENGINES = [Engine("fp32", 0.25, 32), Engine("bf16", 0.5, 64)]
 CELLS = [
     Cell("causal", 1, 0, "fp32", False, 4096),
     Cell("causal", 1, 0, "fp32", True, 4096),
@@ -111,8 +84,6 @@ def make_model(folder: Path, head: str) -> str:
     model_class = LlamaForCausalLM if head == "causal" else LlamaForSequenceClassification
     path = folder / head
     model_class(config).save_pretrained(path)
-    words = Tokenizer(WordLevel({str(number): number for number in range(config.vocab_size)}, unk_token="0"))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1").save_pretrained(path)
     return str(path)
 
 
@@ -138,7 +109,7 @@ def peak(actor: Any, *, gpu: bool) -> Any:
 
 
 def imports(_: Any) -> None:
-    """What a trainer or scorer imports before it holds a model."""
+    """What a trainer imports before it holds a model."""
     import deepspeed  # noqa: F401
     from transformers import LlamaForCausalLM, LlamaForSequenceClassification  # noqa: F401
 
@@ -172,84 +143,15 @@ def measure(cell: Cell, model: str, logs: Path, *, gpu: bool) -> dict[str, Any]:
     shape = find_shape(model)
     assert shape is not None
     parts = trainer(shape, section, cell.ranks, on_gpu=gpu, scalar=cell.head == "scalar").parts
-    return {**vars(cell), "parameters": shape.parameters} | compared(parts, ("process",), highest - base)
-
-
-def measure_scorer(cell: Scoring, model: str, *, gpu: bool) -> dict[str, Any]:
-    """Peak of a scorer over two rounds of two batches, beside its estimate."""
-    spec = ModelSpec(model, cell.dtype, cell.tokens, gpu)
-    reward = cell.group == "reward"
-    arguments = (spec, model, False) if reward else (spec, 1.0)
-    actor_class: Any = ray.remote(RewardModelActor if reward else ReferenceActor)
-    actor = actor_class.options(num_cpus=1, num_gpus=int(gpu)).remote(*arguments)
-    try:
-        ray.get(actor.__ray_call__.remote(imports), timeout=TIMEOUT_S)
-        base, _ = peak(actor, gpu=gpu)
-        ray.get(actor.load.remote(), timeout=TIMEOUT_S)
-        sequences = [_sequence("causal") for _ in range(2 * cell.tokens // LENGTH)]
-        completions = [Completion(one.input_ids.tolist(), "", "") for one in sequences]
-        for _ in range(2):
-            ray.get(actor.score.remote(completions if reward else sequences), timeout=TIMEOUT_S)
-        _, highest = peak(actor, gpu=gpu)
-    finally:
-        ray.kill(actor)
-    shape = find_shape(model)
-    assert shape is not None
-    parts = scorer([shape], cell.dtype, cell.tokens, on_gpu=gpu, scalar=reward).parts
-    return vars(cell) | compared(parts, ("process",), highest - base)
-
-
-def measure_engine(cell: Engine, model: str, folder: Path) -> dict[str, Any]:
-    """Peak of an engine on a CPU that samples as many responses as it can at a time, beside its estimate.
-
-    On a GPU there is nothing to foretell: vLLM takes the share that it is given, and makes the cache of the rest.
-    """
-    values = {
-        "run": {"dir": str(folder / "run")},
-        "data": {"path": "unread", "max_tokens": LENGTH},
-        "policy": {"path": model},
-        "reward": {"models": [{"path": model}]},
-        "rollout": {**vars(cell), "enforce_eager": True, "max_new_tokens": LENGTH},
-        "ppo": {"iterations": 1, "prompts_per_iteration": 1},
-    }
-    config = from_dict(values, "ppo")
-    spec = engine_spec(config, eos_token_ids=())
-
-    class Imports:
-        """An actor that has imported what an engine imports."""
-
-        def __init__(self) -> None:
-            import vllm.v1.engine.async_llm
-            import vllm.v1.worker.cpu_worker  # noqa: F401
-
-    bare = ray.remote(Imports).options(num_cpus=1).remote()
-    base, _ = peak(bare, gpu=False)
-    ray.kill(bare)
-    engine = ray.remote(RolloutEngine).options(num_cpus=1, max_concurrency=4).remote(spec)
-    try:
-        ray.get(engine.serve_random_weights.remote(), timeout=TIMEOUT_S)
-        requests = [
-            SampleRequest(str(i), 0, torch.randint(1, 8000, (LENGTH,)).tolist(), i, 1.0, LENGTH // 4)
-            for i in range(2 * cell.max_concurrency)
-        ]
-        for part in engine.generate.options(num_returns="streaming").remote(requests):
-            ray.get(part, timeout=TIMEOUT_S)
-        _, highest = peak(engine, gpu=False)
-    finally:
-        ray.kill(engine)
-    parts = estimate(config, None)["rollout"].parts
-    return {"group": "rollout", **vars(cell)} | compared(parts, ("process", "buffers"), highest - base)
-
-
-def compared(parts: dict[str, float], without: tuple[str, ...], measured: float) -> dict[str, Any]:
-    """An estimate, less parts that were not there, beside what was measured."""
-    counted = {name: size for name, size in parts.items() if name not in without}
-    expected = sum(counted.values())
+    parts.pop("process")
+    expected = sum(parts.values())
     return {
-        "measured_gib": measured / GIB,
+        **vars(cell),
+        "parameters": shape.parameters,
+        "measured_gib": (highest - base) / GIB,
         "estimated_gib": expected / GIB,
-        "ratio": expected / measured,
-        "parts_gib": {name: size / GIB for name, size in counted.items()},
+        "ratio": expected / (highest - base),
+        "parts_gib": {name: size / GIB for name, size in parts.items()},
     }
 
 
@@ -266,24 +168,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--gpu", action="store_true", help="measure on GPUs")
     options = parser.parse_args()
+    cells = [cell for cell in CELLS if not options.gpu or cell.ranks <= torch.cuda.device_count()]
     results = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        models = {head: make_model(folder, head) for head in ("causal", "scalar")}
-        heads = {"reference": "causal", "reward": "scalar"}
+    with tempfile.TemporaryDirectory() as folder:
+        models = {head: make_model(Path(folder), head) for head in ("causal", "scalar")}
         ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         try:
-            for row in chain(
-                (measure_engine(one, models["causal"], folder) for one in ENGINES if not options.gpu),
-                (measure_scorer(one, models[heads[one.group]], gpu=options.gpu) for one in SCORERS),
-                (
-                    measure(cell, models[cell.head], folder, gpu=options.gpu)
-                    for cell in CELLS
-                    if not options.gpu or cell.ranks <= torch.cuda.device_count()
-                ),
-            ):
-                results.append(row)
-                print(json.dumps(row), flush=True)
+            for cell in cells:
+                results.append(measure(cell, models[cell.head], Path(folder), gpu=options.gpu))
+                row = results[-1]
+                print(
+                    f"{cell}: measured {row['measured_gib']:.3f} GiB, estimated {row['estimated_gib']:.3f}, "
+                    f"ratio {row['ratio']:.3f}",
+                    flush=True,
+                )
         finally:
             ray.shutdown()
     worst = max(abs(row["ratio"] - 1) for row in results)
