@@ -57,7 +57,7 @@ def test_the_plan_foretells_how_many_processes_each_node_gets(found: dict[str, A
         ("unknown label", "no node has the label role=nowhere, and the labels of the nodes are name=gpu-a, "),
         ("too large", "a process needs 5 CPU on one node, and the nodes have at most 4 CPU each; lower policy.cpus"),
         ("too many", "CPU: the run needs 40 (policy 40 x 1) and the cluster has"),
-        ("too spread", "placement.spread puts its 9 processes on a node each"),
+        ("too spread", "placement.spread puts its 9 bundles on a node each"),
         ("busy", "bundles not granted within 3 s (placement.timeout_s). Other work holds what is needed:\nCPU: "),
         ("autoscaling", "bundles not granted within 3 s (placement.timeout_s)"),
     ],
