@@ -28,8 +28,9 @@ Latencies count from the arrival at the engine, waiting included. Weights are ra
 MEMORY = """
 ## Memory
 
-What `rlhf-ray plan` foretells of a trainer process, beside the peak that it was measured to take above what its
-libraries take. `python benchmarks/memory.py --out benchmarks/results/memory.json`.
+What `rlhf-ray plan` foretells of a process, beside the peak that it was measured to take above what its libraries take
+(an engine: above one of a tiny model with little cache).
+`python benchmarks/memory.py --out benchmarks/results/memory.json`.
 """
 
 
@@ -66,11 +67,18 @@ def rollout(report: dict[str, Any]) -> list[str]:
 def memory(report: dict[str, Any]) -> list[str]:
     """One run of `benchmarks/memory.py`."""
     lines = [f"\n{report['hardware']}, torch {report['torch']}. Largest deviation {report['largest_deviation']:.1%}.\n"]
-    lines.append("| model | processes | ZeRO | precision | recomputed | tokens | measured, GiB | foretold | ratio |")
+    lines.append("| process | of | ZeRO | precision | recomputed | at once | measured, GiB | foretold | ratio |")
     lines.append("|" + "---|" * 9)
     for cell in report["cells"]:
-        recomputed = "yes" if cell["checkpointing"] else "no"
-        kind = [cell["head"], cell["ranks"], cell["zero_stage"], cell["dtype"], recomputed, cell["tokens"]]
+        if "head" in cell:
+            recomputed = "yes" if cell["checkpointing"] else "no"
+            kind = [f"trainer, {cell['head']}", cell["ranks"], cell["zero_stage"], cell["dtype"], recomputed]
+            kind.append(f"{cell['tokens']} tokens")
+        elif "tokens" in cell:
+            kind = [cell["group"], 1, "", cell["dtype"], "", f"{cell['tokens']} tokens"]
+        else:
+            responses = f"{cell['max_concurrency']} responses, {cell['kv_cache_gib']:g} GiB of cache"
+            kind = ["engine", 1, "", cell["dtype"], "", responses]
         figures = [f"{cell[name]:.2f}" for name in ("measured_gib", "estimated_gib", "ratio")]
         lines.append("| " + " | ".join(map(str, [*kind, *figures])) + " |")
     return lines

@@ -27,6 +27,9 @@ LIVE_PARAMETERS = 1_000_000_000
 # Tokens whose logits exist at a time (`models/logprobs.py`), and bytes of a transfer bucket (`rollout/buckets.py`).
 LOGIT_TOKENS = 1024
 BUCKET_BYTES = 64 * 2**20
+# Tokens of one step of vLLM's scheduler: ours on a CPU (`rollout/engine.py`), vLLM's default on a GPU.
+CPU_STEP_TOKENS = 4096
+GPU_STEP_TOKENS = 2048
 
 # All parts, in the order in which they are shown.
 PARTS = (
@@ -207,12 +210,17 @@ def _buckets(parameters: float, stage: int, *, on_gpu: bool) -> float:
 
 
 def scorer(shapes: list[ModelShape], dtype: str, tokens: int, *, on_gpu: bool, scalar: bool) -> Estimate:
-    """One process that runs forward passes alone; several reward models share it as separate processes."""
+    """One process that runs forward passes alone; several reward models share it as separate processes.
+
+    What passes through a layer is gone when the logits are made, of the last layer's output alone.
+    """
     b = BYTES[dtype]
+    passing = [_passing(s, tokens) * b for s in shapes]
+    logits = [tokens * s.hidden * b + _logits(s, tokens, b, backward=False, scalar=scalar) for s in shapes]
     parts = {
         "weights": sum(float(s.scalar_parameters if scalar else s.parameters) for s in shapes) * b,
-        "activations": sum(_passing(s, tokens) * b for s in shapes),
-        "logits": sum(_logits(s, tokens, b, backward=False, scalar=scalar) for s in shapes),
+        "activations": sum(passing),
+        "logits": sum(max(0.0, later - earlier) for earlier, later in zip(passing, logits, strict=True)),
         "process": max(1, len(shapes)) * (GPU_PROCESS_GIB if on_gpu else CPU_PROCESS_GIB) * GIB,
     }
     return Estimate(parts, on_gpu)
@@ -221,10 +229,15 @@ def scorer(shapes: list[ModelShape], dtype: str, tokens: int, *, on_gpu: bool, s
 def _engine(config: PPOConfig, shape: ModelShape, gpu_memory_gib: float | None) -> Estimate | None:
     """One tensor-parallel rank of an engine. On a GPU it takes its share whatever the model; the cache has the rest."""
     rollout = config.rollout
+    on_gpu = rollout.gpus > 0
     b = BYTES[rollout.dtype]
-    weights = float(shape.parameters) * b / rollout.tensor_parallel
-    activations = float(_passing(shape, rollout.max_concurrency * 16)) * b / rollout.tensor_parallel
-    if rollout.gpus == 0:
+    # vLLM on a CPU packs every matrix for its kernels; the embedding and the output's keep what was packed beside it.
+    copied = 0 if on_gpu else 2 * shape.vocab * shape.hidden
+    weights = float(shape.parameters + copied) * b / rollout.tensor_parallel
+    longest = config.data.max_tokens + rollout.max_new_tokens
+    step = GPU_STEP_TOKENS if on_gpu else max(longest, CPU_STEP_TOKENS)
+    activations = float(_passing(shape, step)) * b / rollout.tensor_parallel
+    if not on_gpu:
         cache, process = (rollout.kv_cache_gib or 0.0) * GIB, CPU_ENGINE_GIB * GIB
     elif gpu_memory_gib is None:
         return None
@@ -243,7 +256,7 @@ def _engine(config: PPOConfig, shape: ModelShape, gpu_memory_gib: float | None) 
         "buffers": float(BUCKET_BYTES),
         "process": process,
     }
-    return Estimate(parts, rollout.gpus > 0)
+    return Estimate(parts, on_gpu)
 
 
 def cache_bytes_per_token(config: PPOConfig, shape: ModelShape) -> float:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_ray.config import from_dict, load_config
 from rlhf_ray.config.sections import TrainingSection
 from rlhf_ray.placement.inventory import Node
-from rlhf_ray.placement.memory import GIB, cache_bytes_per_token, estimate, trainer
+from rlhf_ray.placement.memory import GIB, cache_bytes_per_token, estimate, scorer, trainer
 from rlhf_ray.placement.overview import nearest_change, on_gpu, overview, overviews
 from rlhf_ray.placement.shapes import ModelShape, find_shape, shape_from_config
 
@@ -95,6 +95,16 @@ def test_activations_are_those_that_the_layers_keep():
     assert trainer(SHAPE, tokens, 1, on_gpu=False, scalar=True).parts["logits"] == 0.0
 
 
+def test_what_passes_through_a_scorer_is_gone_when_it_makes_its_logits():
+    parts = scorer([SHAPE], "fp32", 10_000, on_gpu=True, scalar=False).parts
+    # A token's 3 hidden and 3 intermediate vectors; the last layer's output and logits of 1024 tokens, in fp32 thrice.
+    passing, logits = 10_000 * 1500 * 4, 10_000 * 100 * 4 + 1024 * 50_000 * 12
+    assert (parts["activations"], parts["logits"]) == (passing, logits - passing)
+    assert parts["weights"] == 40e6
+    parts = scorer([SHAPE] * 2, "bf16", 10_000, on_gpu=True, scalar=True).parts
+    assert (parts["activations"], parts["logits"]) == (2 * 10_000 * 1500 * 2, 0.0)
+
+
 def box(memory: float, gpus: int = 1) -> list[Node]:
     return [Node(name="box", cpus=64, gpus=gpus, gpu_memory_gib=memory, memory_gib=256)]
 
@@ -106,6 +116,25 @@ def test_an_engine_takes_its_share_and_the_cache_has_what_is_left():
     shape = find_shape(config.policy.path)
     assert shape is not None
     assert cache_bytes_per_token(config, shape) == 2 * 24 * 128 * 2  # keys and values, layers, 2 heads of 64, bf16
+
+
+def test_an_engine_on_a_cpu_packs_its_matrices_and_fills_a_step_with_prompts():
+    rollout = [
+        "rollout.gpus=0",
+        "rollout.kv_cache_gib=2",
+        "rollout.dtype=bf16",
+        "data.max_tokens=5000",
+        "placement.share=[]",
+    ]
+    config = load_config("configs/one_gpu.yaml", [*rollout, "rollout.max_new_tokens=1000"], "ppo")
+    shape = find_shape(config.policy.path)
+    assert shape is not None
+    parts = estimate(config, None)["rollout"].parts
+    # Embedding and output, which are tied, are packed twice beside what they are.
+    assert parts["weights"] == 2 * (shape.parameters + 2 * shape.vocab * shape.hidden)
+    # A step holds the longest sequence, as prompts are never cut; each token 3 hidden and 3 intermediate vectors.
+    assert parts["activations"] == 2 * 6000 * 3 * (shape.hidden + shape.intermediate)
+    assert parts["KV cache"] == 2 * GIB
 
 
 def test_a_configuration_that_fits_has_no_problem_and_one_that_does_not_names_a_change_that_does():

@@ -1,15 +1,44 @@
-"""docs/performance.md is what the results say."""
+"""docs/performance.md is what the results say, and the results are those of the present formulas."""
 
 import importlib.util
+import json
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_page_is_current():
-    spec = importlib.util.spec_from_file_location("page", ROOT / "benchmarks" / "page.py")
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_current():
+    module = benchmark("page")
     assert module.PAGE.read_text() == module.page(), "run python benchmarks/page.py"
+
+
+def test_estimates_of_memory_are_within_15_percent_of_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX"):
+        monkeypatch.setenv(name, "2")  # which the module sets for its workers, and this test takes back
+    memory = benchmark("memory")
+    rows = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())["cells"]
+    cells = [*memory.ENGINES, *memory.SCORERS, *memory.CELLS]
+    assert len(rows) == len(cells)
+    models = {head: memory.make_model(tmp_path, head) for head in ("causal", "scalar")}
+    small = memory.make_model(tmp_path, "causal", small=True)
+    for row, cell in zip(rows, cells, strict=True):
+        assert {key: row[key] for key in vars(cell)} == vars(cell)
+        scalar = getattr(cell, "head", None) == "scalar" or getattr(cell, "group", None) == "reward"
+        parts = memory.foretold(cell, models["scalar" if scalar else "causal"], small, gpu=False)
+        assert sum(parts.values()) / memory.GIB == pytest.approx(row["measured_gib"], rel=0.15), cell
+        if "libraries_gib" in row:
+            assert row["libraries_estimated_gib"] == pytest.approx(row["libraries_gib"], rel=0.15)
