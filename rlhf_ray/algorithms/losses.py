@@ -37,17 +37,22 @@ def nll_loss(logprobs: Tensor) -> SummedLoss:
     return loss, {"nll": loss.detach()}
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> SummedLoss:
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float, weights: Tensor | None = None
+) -> SummedLoss:
     """Clipped surrogate of PPO, Schulman et al., arXiv:1707.06347, eq. 7, with the sign of a loss.
 
         ratio_t = exp(logprobs_t - old_logprobs_t)
-        loss    = sum_t max(-A_t * ratio_t, -A_t * clip(ratio_t, 1 - clip_range, 1 + clip_range))
+        loss    = sum_t w_t * max(-A_t * ratio_t, -A_t * clip(ratio_t, 1 - clip_range, 1 + clip_range))
+
+    With weights it is decoupled PPO, Hilton et al., arXiv:2110.00641, eq. 5.
 
     Args:
         logprobs: of the sampled tokens under the policy being trained, with gradient, [N].
         old_logprobs: under the policy at the start of the iteration, [N].
         advantages: [N].
         clip_range: epsilon, > 0.
+        weights: importance weights w_t of `correction.importance_weights`, without gradient, [N]; None for 1.
 
     Returns:
         (sum, sums of `policy_loss`; `clipfrac`: tokens whose clipped term is the larger, and which so have no
@@ -64,7 +69,11 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
     require_finite(ratio=ratio)
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
-    loss = torch.maximum(unclipped, clipped).sum()
+    of_token = torch.maximum(unclipped, clipped)
+    if weights is not None:
+        require_same_shape(logprobs=logprobs, weights=weights)
+        of_token = of_token * weights
+    loss = of_token.sum()
     return loss, {
         "policy_loss": loss.detach(),
         "clipfrac": (clipped > unclipped).detach().to(ratio.dtype).sum(),

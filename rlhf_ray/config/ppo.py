@@ -192,6 +192,16 @@ class PPOSection(Section):
     whiten_advantages: bool = Field(
         default=True, description="Whether advantages get mean 0 and deviation 1 per iteration."
     )
+    max_staleness: int = Field(
+        default=0,
+        ge=0,
+        description="Most updates that a token's weights may lag behind those it trains; above 0, sampling runs ahead.",
+    )
+    importance_cap: float | None = Field(
+        default=2.0,
+        gt=1,
+        description="Largest importance weight where `max_staleness` is above 0; none corrects nothing.",
+    )
     entropy_coef: float = Field(default=0.0, ge=0, description="Weight of the entropy bonus.")
     ptx_coef: float = Field(default=0.0, ge=0, description="Weight of the language-modelling loss on `ptx_path`.")
     ptx_path: str | None = Field(

@@ -55,16 +55,26 @@ def _check_set(config: "PPOConfig", together: list[str], problems: Problems) -> 
             f"takes {sum(gpus.values()):g} of a GPU for a rank of each group, and two ranks of one group could sit on "
             "one GPU; let their `gpus` add up to more than half",
         )
+    if config.ppo.max_staleness and trains_beside_engines(config, together):
+        problems.add(
+            "ppo.max_staleness",
+            f"{config.ppo.max_staleness}, but engines and trainers that share GPUs (`{KEY}`) work in turns; set it to "
+            "0, or give them GPUs of their own",
+        )
     for name in together:
         if name in config.placement.spread:
             problems.add("placement.spread", f"names {name}, which shares (`{KEY}`); take it out of either")
     _check_labels(config, together, problems)
-    trainers = [name for name in TRAINERS if name in together]
-    if "rollout" in together and trainers and any(gpus.values()) and config.training.zero_stage == 0:
+    if trains_beside_engines(config, together) and config.training.zero_stage == 0:
         problems.add(
             "training.zero_stage",
             f"0, which cannot give up its optimizer's memory while the engines work (`{KEY}`); set it to 1, 2 or 3",
         )
+
+
+def trains_beside_engines(config: "PPOConfig", together: list[str]) -> bool:
+    """Whether a set of groups has engines and trainers on the same GPUs, which they then use in turns."""
+    return "rollout" in together and bool(set(TRAINERS) & set(together)) and config.rollout.gpus > 0
 
 
 def _count(config: "PPOConfig", name: str) -> int:

@@ -87,9 +87,9 @@ def build_experience(
     kl = kl_estimate(logprobs, reference, "k1")
     in_reward = kl_coef if config.ppo.kl_placement == "reward" else 0.0
     rewards = token_rewards(kept_scores, kl, in_reward, cu)
-    values = torch.cat([one.values[:-1] for one in used])
+    values = torch.cat([_values(one)[:-1] for one in used])
     # A response cut at the limit would have gone on: the value of its last state stands for the rest.
-    bootstrap = torch.stack([one.values[-1] * float(one.trajectory.truncated) for one in used])
+    bootstrap = torch.stack([_values(one)[-1] * float(one.trajectory.truncated) for one in used])
     advantages, returns = gae(rewards, values, bootstrap, cu, config.ppo.gamma, config.ppo.lam)
     weights = whiten(advantages) if config.ppo.whiten_advantages and len(advantages) > 1 else advantages
 
@@ -108,6 +108,12 @@ def build_experience(
         metrics=_metrics(used, len(scored), kept_scores, kl_of, in_reward, values, returns, logprobs),
         samples=_samples(scored, scores, dict(zip(kept, kl_of.tolist(), strict=True))),
     )
+
+
+def _values(scored: ScoredTrajectory) -> Tensor:
+    if scored.values is None:
+        raise ValueError(f"{scored.trajectory.uid}: advantages need the critic's values; compute them first")
+    return scored.values
 
 
 def _with_fields(

@@ -1,9 +1,10 @@
 """The PPO loop (Schulman et al., arXiv:1707.06347, as applied to language models in arXiv:2203.02155).
 
-One iteration, top to bottom: draw prompts, sample responses, score them as they finish, compute advantages, update
-policy and critic side by side, hand the new weights to the engines. What differs from the papers: reward, KL and
-value live on tokens; losses are means over all response tokens of an optimizer step, not over responses; a response
-cut at its limit is bootstrapped with the critic's value instead of ending there.
+One iteration, top to bottom: draw prompts, sample responses, score them as they finish (`rollouts.py`), compute
+advantages, update policy and critic side by side, hand the new weights to the engines. With `ppo.max_staleness` the
+engines meanwhile sample for the next iterations, and go on with new weights in the middle of a response. What differs
+from the papers: reward, KL and value live on tokens; losses are means over all response tokens of an optimizer step,
+not over responses; a response cut at its limit is bootstrapped with the critic's value instead of ending there.
 """
 
 import logging
@@ -24,9 +25,9 @@ from rlhf_ray.data.formats import Prompt
 from rlhf_ray.driver.control import forget, wanted_engines
 from rlhf_ray.driver.experience import Experience, build_experience
 from rlhf_ray.driver.groups import Groups
-from rlhf_ray.models.reading import TokenLogprobs
+from rlhf_ray.driver.rollouts import Batch, Rollouts
+from rlhf_ray.models.reading import StateValues, TokenLogprobs
 from rlhf_ray.packing import Sequence
-from rlhf_ray.rollout.engine import SampleRequest
 from rlhf_ray.rollout.pool import sampling_seed
 from rlhf_ray.scoring.scorer import ScoredTrajectory, response_sequence
 from rlhf_ray.stages.run import Run
@@ -46,10 +47,8 @@ class PPOLoop:
         self.config = config
         self.run = run
         self.groups = groups
-        self.prompts = prompts
         self.ptx = ptx
         ppo = config.ppo
-        self.order = EpochOrder(len(prompts), config.run.seed)
         self.ptx_order = EpochOrder(len(ptx), config.run.seed) if ptx else None
         self.kl: KLController = (
             AdaptiveKL(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon) if ppo.kl_target else FixedKL(ppo.kl_coef)
@@ -59,11 +58,12 @@ class PPOLoop:
         self.probe_ids = max((p.token_ids for p in prompts[:16]), key=len)[:PROBE_TOKENS]
         self.timings: dict[str, float] = {}
         self.activity = Activity("driver", run.directory.path)
+        self.rollouts = Rollouts(config, groups, prompts, self.activity)
         self.iteration = 0
 
     def train(self) -> dict[str, float]:
         """Run the iterations that are left; returns the last one's metrics."""
-        with closing(self.activity):
+        with closing(self.activity), closing(self.rollouts):
             return self._train()
 
     def _train(self) -> dict[str, float]:
@@ -76,12 +76,12 @@ class PPOLoop:
             self.timings, self.iteration = {}, iteration
             with self._timed("iteration"):
                 self._resize()
-                drawn = [self.prompts[i] for i in self.order.next(self.config.ppo.prompts_per_iteration)]
-                with self._timed("rollout"):
-                    scored = self._rollout(iteration, drawn)
+                with self._timed("wait"):
+                    batch = self.rollouts.take(iteration)
+                staleness = batch.staleness(self.version, self.config.ppo.max_staleness)
                 self.groups.turns.to_trainers()
                 with self._timed("advantages"):
-                    experience = self._experience(scored)
+                    experience = self._experience(batch.scored)
                 with self._timed("train"):
                     metrics = self._update(iteration, experience)
                 self.groups.turns.to_engines()
@@ -89,11 +89,12 @@ class PPOLoop:
                     self.version += 1
                 if self._trains_policy(iteration) or self.groups.turns.taken:  # engines that slept have no weights
                     metrics |= self._transfer()
-            metrics |= experience.metrics | self._state_metrics(scored)
+                self.rollouts.admit(iteration + 1)
+            metrics |= experience.metrics | staleness | self._state_metrics(batch)
             self.kl.update(experience.kl, len(experience.policy))
             self.activity.count_iteration()
             self.run.log(iteration, metrics, experience.samples)
-            self.run.checkpoint_if_due(iteration, self._state(), self._save)
+            self.run.checkpoint_if_due(iteration, self._state(batch), self._save)
         return metrics
 
     def _resize(self) -> None:
@@ -108,34 +109,17 @@ class PPOLoop:
         with self.activity.busy("transfer", iteration=self.iteration):
             return self.groups.rollout.update_weights(self.groups.policy, self.version, self.probe_ids)
 
-    def _rollout(self, iteration: int, prompts: list[Prompt]) -> list[ScoredTrajectory]:
-        """Sample and score: reference, rewards and critic work while other responses are still being sampled."""
-        rollout = self.config.rollout
-        # A prompt may come twice in one iteration, where an epoch ends within it; each draw is a sample of its own.
-        by_uid: dict[str, Prompt] = {}
-        requests = []
-        for prompt in prompts:
-            uid = prompt.uid if prompt.uid not in by_uid else f"{prompt.uid}+{len(by_uid)}"
-            by_uid[uid] = prompt
-            requests += [
-                SampleRequest(
-                    uid,
-                    sample,
-                    prompt.token_ids,
-                    sampling_seed(self.config.run.seed, iteration, uid, sample),
-                    rollout.temperature,
-                    rollout.max_new_tokens,
-                )
-                for sample in range(rollout.samples_per_prompt)
-            ]
-        return self.groups.scorer.score(self._clocked(self.groups.rollout.generate(requests)), by_uid)
-
     def _experience(self, scored: list[ScoredTrajectory]) -> Experience:
         """Advantages and returns. Old log-probabilities are computed only where several updates make them differ."""
         logprobs = None
-        if not self._on_policy:
-            sequences = [response_sequence(one.trajectory) for one in scored]
+        sequences = [response_sequence(one.trajectory) for one in scored]
+        if any(one.values is None for one in scored):
+            values = self.groups.critic.forward(sequences, StateValues())
+        if not self._one_step:
             logprobs = self.groups.policy.forward(sequences, TokenLogprobs(self.config.rollout.temperature)).result()
+        if any(one.values is None for one in scored):
+            for one, of_states in zip(scored, values.result(), strict=True):
+                one.values = of_states
         experience = build_experience(scored, logprobs, self.config, self.kl.coef, self.normalizer)
         if logprobs is not None:
             engine = torch.cat([torch.tensor(one.trajectory.logprobs) for one in scored])
@@ -143,8 +127,8 @@ class PPOLoop:
         return experience
 
     @property
-    def _on_policy(self) -> bool:
-        """Whether each response is trained on in one optimizer step alone, which so sees the policy that sampled it."""
+    def _one_step(self) -> bool:
+        """Whether each response is trained on in one optimizer step alone, which so sees the policy before it."""
         return self.config.ppo.epochs == 1 and self.config.ppo.minibatches == 1
 
     def _trains_policy(self, iteration: int) -> bool:
@@ -157,11 +141,12 @@ class PPOLoop:
         policy_objective = PolicyUpdate(
             ppo.clip_range,
             self.config.rollout.temperature,
-            self._on_policy,
+            self._one_step,
             ppo.entropy_coef,
             self.kl.coef if in_loss else 0.0,
             ppo.kl_estimator if in_loss else None,
             ppo.ptx_coef,
+            ppo.importance_cap if ppo.max_staleness else None,
         )
         value_objective = ValueUpdate(ppo.clip_range_value)
         steps: list[dict[str, float]] = []
@@ -191,17 +176,16 @@ class PPOLoop:
             return []
         return [self.ptx[i] for i in self.ptx_order.next(count)]
 
-    def _state_metrics(self, scored: list[ScoredTrajectory]) -> dict[str, float]:
-        tokens = sum(len(one.trajectory.response_ids) for one in scored)
-        timings = dict(self.timings)
-        timings["score"] = timings.pop("rollout") - timings["generate"]
+    def _state_metrics(self, batch: Batch) -> dict[str, float]:
+        tokens = sum(len(one.trajectory.response_ids) for one in batch.scored)
+        timings = self.timings | {"generate": batch.generate_s, "score": batch.score_s}
         metrics = {f"time/{name}": seconds for name, seconds in timings.items()}
         return metrics | {
             "objective/kl_coef": self.kl.coef,
-            "rollout/tokens_per_second": tokens / self.timings["generate"],
+            "rollout/tokens_per_second": tokens / batch.generate_s,
             "rollout/engines": float(len(self.groups.rollout.engines)),
-            "rollout/weight_version": scored[0].trajectory.versions[0].version,
-            "data/epoch": self.order.epoch + self.order.position / len(self.prompts),
+            "rollout/weight_version": batch.scored[0].trajectory.versions[0].version,
+            "data/epoch": batch.epoch,
         }
 
     @contextmanager
@@ -211,14 +195,10 @@ class PPOLoop:
             yield
         self.timings[name] = time.monotonic() - started
 
-    def _clocked(self, stream: Iterator[Any]) -> Iterator[Any]:
-        """The same stream; notes how long the engines took until the last response."""
-        with self._timed("generate"):
-            yield from stream
-
-    def _state(self) -> dict[str, Any]:
+    def _state(self, batch: Batch) -> dict[str, Any]:
+        """What the next iteration goes on from; batches that were begun ahead are drawn and sampled again."""
         return {
-            "order": self.order.state_dict(),
+            "order": batch.order,
             "ptx_order": self.ptx_order.state_dict() if self.ptx_order else None,
             "kl": self.kl.state_dict(),
             "normalizer": self.normalizer.state_dict(),
@@ -244,7 +224,7 @@ class PPOLoop:
         for pending in loading:
             pending.result()
         state = checkpoint.state
-        self.order.load_state_dict(state["order"])
+        self.rollouts.order.load_state_dict(state["order"])
         if self.ptx_order:
             self.ptx_order.load_state_dict(state["ptx_order"])
         self.kl.load_state_dict(state["kl"])

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 
 from rlhf_ray.config.ppo import PPOConfig
+from rlhf_ray.config.sharing import trains_beside_engines
 from rlhf_ray.rollout.pool import RolloutPool
 from rlhf_ray.training.group import TrainerGroup
 
@@ -12,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 def takes_turns(config: PPOConfig) -> bool:
     """Whether the engines share GPUs with a trainer."""
-    return config.rollout.gpus > 0 and bool({"policy", "critic"} & set(config.placement.partners("rollout")))
+    return any(trains_beside_engines(config, together) for together in config.placement.share)
 
 
 class Turns:

@@ -156,12 +156,15 @@ def _num_prompts(run_dir: Path, whole: list[Path]) -> int | None:
 
 
 def _versions(config: PPOConfig, tables: list[list[dict[str, Any]]]) -> Finding:
-    """Every token of an iteration is from the weights of its beginning: one update an iteration after the warm-up."""
+    """No token is older than allowed: one update an iteration after the warm-up, and `ppo.max_staleness` back."""
+    bound = config.ppo.max_staleness
     for step, rows in enumerate(tables):
         current = max(0, step - config.critic.warmup_iterations)
         for row in rows:
-            if row["weight_version"] != current or row["oldest_version"] != current:
+            if not current - bound <= row["oldest_version"] <= row["weight_version"] <= current:
                 have = " to ".join(str(version) for version in sorted({row["oldest_version"], row["weight_version"]}))
-                problem = f"step {step}, prompt {row['uid']}: tokens of version {have}; the policy was at {current}"
+                allowed = f"{max(0, current - bound)} to {current}" if bound else str(current)
+                problem = f"step {step}, prompt {row['uid']}: tokens of version {have}, and {allowed} is allowed"
                 return Finding("weights", f"{len(tables)} steps", problem)
-    return Finding("weights", f"{len(tables)} steps, each sampled from the weights of its beginning")
+    allowed = f"at most {bound} updates older than" if bound else "from"
+    return Finding("weights", f"{len(tables)} steps, each sampled {allowed} the weights of its beginning")

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -38,7 +39,11 @@ def sampling_seed(run_seed: int, iteration: int, uid: str, sample: int) -> int:
 
 
 class RolloutPool:
-    """All rollout engines: those that serve, and those that start beside them and join at the next transfer."""
+    """All rollout engines: those that serve, and those that start beside them and join at the next transfer.
+
+    Several threads may sample at a time, while another changes weights or the number of engines: requests under way
+    then wait inside their engines, or go to others, and new ones wait until the change is done.
+    """
 
     def __init__(self, spec: EngineSpec, placement: Placement, patience: Patience) -> None:
         self._spec = spec
@@ -47,6 +52,8 @@ class RolloutPool:
         self._serving: dict[int, Any] = {}
         self._joining: dict[int, tuple[Any, Any]] = {}  # rank -> engine, its answer once it is up
         self._connected: list[Any] = []
+        self._changing = threading.RLock()  # who serves, and with which weights
+        self._stopped = False
 
     def launch(self) -> None:
         """Start the engines of the plan."""
@@ -70,8 +77,13 @@ class RolloutPool:
     def resize(self, count: int) -> None:
         """Have `count` engines, between two iterations: others start beside those that serve, or the last ones leave.
 
-        Those that start serve after the next transfer that finds them up (`newcomers_ready`).
+        Those that start serve after the next transfer that finds them up (`newcomers_ready`). What leaving ones have
+        not answered, the others take over.
         """
+        with self._changing:
+            self._resize(count)
+
+    def _resize(self, count: int) -> None:
         for rank in sorted({*self._serving, *self._joining}, reverse=True):
             if rank >= count:
                 self._end(self._serving.pop(rank, None) or self._joining.pop(rank)[0])
@@ -128,6 +140,10 @@ class RolloutPool:
         Raises:
             EngineError: the transfer failed, or an engine's log-probabilities differ from the trainer's.
         """
+        with self._changing:
+            return self._update_weights(trainer, version, probe_ids)
+
+    def _update_weights(self, trainer: TrainerGroup, version: int, probe_ids: Sequence[int]) -> dict[str, float]:
         started = time.monotonic()
         self._admit()
         self.connect(trainer)
@@ -193,20 +209,9 @@ class RolloutPool:
             EngineError: the last engine died.
             Stalled: nothing finished for the run's time limit.
         """
-        ranks = sorted(self._serving)
-        shares: dict[int, list[SampleRequest]] = {}
-        rank_of: dict[str, int] = {}
-        for request in requests:
-            rank = rank_of.setdefault(request.uid, ranks[len(rank_of) % len(ranks)])
-            shares.setdefault(rank, []).append(request)
-        streams: dict[Any, _Stream] = {}
-
-        def send(rank: int, share: list[SampleRequest]) -> Any:
-            stream = self._serving[rank].generate.options(num_returns="streaming").remote(share)
-            streams[stream] = _Stream(rank, {(request.uid, request.sample): request for request in share})
-            return stream
-
-        pending: list[Any] = [send(rank, share) for rank, share in shares.items()]
+        with self._changing:
+            streams = self._send(requests)
+        pending = list(streams)
         longest = 0.0
         while pending:
             ready: list[Any]
@@ -223,7 +228,9 @@ class RolloutPool:
                 except StopIteration:
                     continue
                 except ActorDied as error:
-                    pending += [send(rank, share) for rank, share in self._hand_over(owed, error).items()]
+                    handed_over = self._hand_over(owed, error)
+                    streams |= handed_over
+                    pending += handed_over
                     continue
                 for trajectory in finished:
                     del owed.requests[trajectory.uid, trajectory.sample]
@@ -231,23 +238,38 @@ class RolloutPool:
                 pending.append(stream)
         self._patience.took(SAMPLING, longest)  # once a call: the first response may take much longer than the next
 
-    def _hand_over(self, owed: "_Stream", error: ActorDied) -> dict[int, list[SampleRequest]]:
-        """A dead engine's unfinished requests, for the others; its successor starts beside them.
+    def _send(self, requests: Sequence[SampleRequest]) -> dict[Any, "_Stream"]:
+        """Share requests out over the engines that serve, those of one prompt to one of them."""
+        ranks = sorted(self._serving)
+        shares: dict[int, list[SampleRequest]] = {}
+        rank_of: dict[str, int] = {}
+        for request in requests:
+            rank = rank_of.setdefault(request.uid, ranks[len(rank_of) % len(ranks)])
+            shares.setdefault(rank, []).append(request)
+        streams = {}
+        for rank, share in shares.items():
+            engine = self._serving[rank]
+            stream = engine.generate.options(num_returns="streaming").remote(share)
+            streams[stream] = _Stream(rank, engine, {(request.uid, request.sample): request for request in share})
+        return streams
+
+    def _hand_over(self, owed: "_Stream", error: ActorDied) -> dict[Any, "_Stream"]:
+        """Send a dead engine's unfinished requests to the others; its successor starts beside them.
 
         Raises:
             EngineError: there is no other engine.
         """
-        if owed.rank in self._serving:
-            self._end(self._serving.pop(owed.rank))
-            self._start_beside(owed.rank)
-        if not self._serving:
-            raise EngineError(f"{error}\nIt was the last engine that served; the same command continues the run")
-        logger.warning("%s. %d responses go to the other engines", error, len(owed.requests))
-        ranks = sorted(self._serving)
-        shares: dict[int, list[SampleRequest]] = {}
-        for index, request in enumerate(owed.requests.values()):
-            shares.setdefault(ranks[index % len(ranks)], []).append(request)
-        return shares
+        with self._changing:
+            if self._stopped:
+                raise error
+            # Another thread may have seen the same death before; one that left has no successor.
+            if self._serving.get(owed.rank) is owed.engine:
+                self._end(self._serving.pop(owed.rank))
+                self._start_beside(owed.rank)
+            if not self._serving:
+                raise EngineError(f"{error}\nIt was the last engine that served; the same command continues the run")
+            logger.warning("%s. %d responses go to the other engines", error, len(owed.requests))
+            return self._send(list(owed.requests.values()))
 
     def _end(self, engine: Any) -> None:
         """End an engine and wait until it is gone, so that its name is free for another."""
@@ -257,7 +279,8 @@ class RolloutPool:
             get(engine.ready.remote(), "an engine that leaves", timeout_s=10)
 
     def stop(self) -> None:
-        """End the engines and vLLM's own processes."""
+        """End the engines and vLLM's own processes; what is sampled still fails."""
+        self._stopped = True
         engines = [*self.engines, *(engine for engine, _ in self._joining.values())]
         closing = [engine.close.remote() for engine in self.engines]
         ray.wait(closing, num_returns=len(closing), timeout=10)
@@ -270,4 +293,5 @@ class _Stream:
     """A generate call under way: its engine, and the requests that it still owes."""
 
     rank: int
+    engine: Any
     requests: dict[tuple[str, int], SampleRequest]

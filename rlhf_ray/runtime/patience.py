@@ -29,7 +29,7 @@ class Patience:
 
     def limit(self, phase: str) -> float:
         """Seconds to wait for an answer of this phase."""
-        past = self._took.get(phase, ())
+        past = list(self._took.get(phase, ()))  # a copy: other threads remember theirs
         if len(past) < ENOUGH:
             return self.ceiling_s
         return min(self.ceiling_s, max(self.floor_s, FACTOR * max(past)))

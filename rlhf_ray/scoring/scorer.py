@@ -2,6 +2,7 @@
 
 import logging
 import math
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +40,8 @@ class ScoredTrajectory:
     Attributes:
         text: the response decoded, special tokens left out.
         ref_logprobs: of each response token under the reference, [R].
-        values: the critic's value of the state before each response token and after the last, [R + 1].
+        values: the critic's value of the state before each response token and after the last, [R + 1]; None until they
+            are computed.
         rewards: raw score by reward name; None where a function had none to give.
     """
 
@@ -47,7 +49,7 @@ class ScoredTrajectory:
     prompt: Prompt
     text: str
     ref_logprobs: Tensor
-    values: Tensor
+    values: Tensor | None
     rewards: dict[str, float | None]
 
 
@@ -58,7 +60,7 @@ class _Chunk:
     trajectories: list[Trajectory]
     texts: list[str]
     reference: Answer
-    values: PendingForward
+    values: PendingForward | None
     models: dict[str, Answer] = field(default_factory=dict)
     functions: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # name -> actor, its answer
 
@@ -91,6 +93,7 @@ class Scorer:
         self._tokenizer = tokenizer
         self._patience = patience
         self._turn = 0
+        self._replacing = threading.Lock()
         reference, reward = config.reference, config.reward
         trust = config.policy.trust_remote_code
         spec = ModelSpec(
@@ -148,12 +151,16 @@ class Scorer:
         loads = [*self._model_loads, *self._function_loads.values()]
         get(loads, "reference and reward actors: start-up", START_TIMEOUT_S)
 
-    def score(self, stream: Iterable[list[Trajectory]], prompts: Mapping[str, Prompt]) -> list[ScoredTrajectory]:
-        """Score trajectories while others are still being sampled.
+    def score(
+        self, stream: Iterable[list[Trajectory]], prompts: Mapping[str, Prompt], *, with_values: bool
+    ) -> list[ScoredTrajectory]:
+        """Score trajectories while others are still being sampled. Several threads may do so at a time.
 
         Args:
             stream: finished trajectories, in any order.
             prompts: the prompts by uid.
+            with_values: whether the critic values them, too. Its ranks must all be asked in one order, so that this is
+                for the thread that trains it.
 
         Returns:
             All of them, in the order of `prompts` and of the sample index, whatever order they arrived in.
@@ -170,16 +177,16 @@ class Scorer:
                 waiting.append(trajectory)
                 tokens += trajectory.num_tokens
                 if tokens >= self._config.reference.micro_batch_tokens:
-                    chunks.append(self._dispatch(waiting, prompts))
+                    chunks.append(self._dispatch(waiting, prompts, with_values))
                     waiting, tokens = [], 0
         if waiting:
-            chunks.append(self._dispatch(waiting, prompts))
+            chunks.append(self._dispatch(waiting, prompts, with_values))
         scored = [one for chunk in chunks for one in self._collect(chunk, prompts)]
         position = {uid: index for index, uid in enumerate(prompts)}
         scored.sort(key=lambda one: (position[one.trajectory.uid], one.trajectory.sample))
         return scored
 
-    def _dispatch(self, trajectories: list[Trajectory], prompts: Mapping[str, Prompt]) -> _Chunk:
+    def _dispatch(self, trajectories: list[Trajectory], prompts: Mapping[str, Prompt], with_values: bool) -> _Chunk:
         # Within a chunk the order of arrival would decide how sequences are packed together.
         trajectories = sorted(trajectories, key=lambda t: (t.uid, t.sample))
         sequences = [response_sequence(trajectory) for trajectory in trajectories]
@@ -194,7 +201,7 @@ class Scorer:
             trajectories,
             texts,
             reference=self._answer(self._references, "reference: log-probabilities", sequences),
-            values=self._critic.forward(sequences, StateValues()),
+            values=self._critic.forward(sequences, StateValues()) if with_values else None,
         )
         for name, replicas in self._models.items():
             chunk.models[name] = self._answer(replicas, f"reward {name}: scores", shared_completions)
@@ -212,7 +219,7 @@ class Scorer:
 
     def _collect(self, chunk: _Chunk, prompts: Mapping[str, Prompt]) -> list[ScoredTrajectory]:
         reference = chunk.reference.result()
-        values = chunk.values.result()
+        values = chunk.values.result() if chunk.values else None
         rewards: dict[str, list[float | None]] = {name: answer.result() for name, answer in chunk.models.items()}
         for name in chunk.functions:
             rewards[name] = self._function_scores(name, chunk)
@@ -222,7 +229,7 @@ class Scorer:
                 prompts[trajectory.uid],
                 text,
                 reference[i],
-                values[i],
+                values[i] if values else None,
                 {name: scores[i] for name, scores in rewards.items()},
             )
             for i, (trajectory, text) in enumerate(zip(chunk.trajectories, chunk.texts, strict=True))
@@ -262,7 +269,9 @@ class Scorer:
 
     def _replace_function(self, name: str, actor: Any) -> None:
         """A new process for a function. Calls queued behind the one that failed die with it and are treated alike."""
-        if self._functions[name] is actor:
+        with self._replacing:
+            if self._functions[name] is not actor:
+                return
             ray.kill(actor)
             self._functions[name] = self._function(name, self._function_items[name])
             self._function_loads[name] = self._functions[name].load.remote()

@@ -128,6 +128,17 @@ _PPO_ROLLOUT = {
     "sampling/importance_sampling_ratio/min": Metric("1", "Smallest p of the trainer / p of the engine", (PPO,)),
     "sampling/importance_sampling_ratio/mean": Metric("1", "Mean p of the trainer / p of the engine", (PPO,)),
     "sampling/importance_sampling_ratio/max": Metric("1", "Largest p of the trainer / p of the engine", (PPO,)),
+    "sampling/staleness/mean": Metric(
+        "1", "Policy updates between the weights that sampled a token and those that it trained, mean", (PPO,)
+    ),
+    "sampling/staleness/max": Metric("1", "Such updates of the oldest token", (PPO,)),
+    "sampling/importance_weight/mean": Metric(
+        "1", "Weight of a token where `ppo.max_staleness` is above 0, masked ones as 0", (PPO,)
+    ),
+    "sampling/importance_weight/truncated": Metric("1", "Share of tokens whose ratio is above the cap", (PPO,)),
+    "sampling/importance_weight/masked": Metric(
+        "1", "Share of tokens in responses that the policy hardly knows, which train nothing", (PPO,)
+    ),
     "sampling/kl": Metric(
         "nat", "KL divergence of the engine from the trainer with the same weights, k3, mean over tokens", (PPO,)
     ),
@@ -142,6 +153,7 @@ _PPO_ROLLOUT = {
 }
 
 _PPO_TIME = {
+    "time/wait": Metric("s", "That training waited for the iteration's scored responses", (PPO,)),
     "time/generate": Metric("s", "From the first prompt sent to the last response", (PPO,)),
     "time/score": Metric("s", "From the last response to the last score", (PPO,)),
     "time/advantages": Metric(

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from rlhf_ray.algorithms.correction import importance_weights
 from rlhf_ray.algorithms.kl import Estimator, kl_loss
 from rlhf_ray.algorithms.losses import entropy_loss, nll_loss, policy_loss, value_loss
 from rlhf_ray.algorithms.preference import bradley_terry_loss, dpo_loss, ipo_loss
@@ -17,6 +18,13 @@ from rlhf_ray.models.reading import body_inputs
 from rlhf_ray.packing import PackedBatch
 
 Share = tuple[Tensor, dict[str, Tensor]]
+
+# What the importance weights add up to, and their logged names.
+CORRECTION = {
+    "weight": "sampling/importance_weight/mean",
+    "truncated": "sampling/importance_weight/truncated",
+    "masked": "sampling/importance_weight/masked",
+}
 
 
 def _divided(sums: dict[str, Tensor], total: float, names: dict[str, str]) -> dict[str, Tensor]:
@@ -113,17 +121,20 @@ class PolicyUpdate:
 
     Attributes:
         temperature: the sampling temperature; log-probabilities of responses are at it, those of ptx at 1.
-        on_policy: this is the only optimizer step on these responses, so the policy being trained is the one that
-            sampled them: its own log-probabilities, detached, are the old ones, and `old_logprobs` is not read.
+        one_step: this is the only optimizer step on these responses, so the policy being trained is the one before the
+            update: its own log-probabilities, detached, are the old ones, and `old_logprobs` is not read.
+        importance_cap: largest importance weight of a token that other weights sampled (`algorithms.correction`);
+            None weighs all alike.
     """
 
     clip_range: float
     temperature: float
-    on_policy: bool
+    one_step: bool
     entropy_coef: float = 0.0
     kl_coef: float = 0.0
     kl_estimator: Estimator | None = None
     ptx_coef: float = 0.0
+    importance_cap: float | None = None
 
     def counts(self, batch: PackedBatch) -> dict[str, float]:
         """Response tokens and demonstration tokens."""
@@ -151,6 +162,7 @@ class PolicyUpdate:
                 logprobs[kept],
                 None if entropy is None else entropy[kept],
                 {name: batch.targets(name)[kept] for name in batch.token_fields},
+                batch.sequence_ids[batch.target_index][kept],
                 totals["tokens"],
             )
             loss = loss + share
@@ -162,11 +174,20 @@ class PolicyUpdate:
         return batch.seq_fields["ptx"][batch.sequence_ids[batch.target_index]] > 0
 
     def _response_loss(
-        self, logprobs: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], total: float
+        self,
+        logprobs: Tensor,
+        entropy: Tensor | None,
+        fields: dict[str, Tensor],
+        sequence_ids: Tensor,
+        total: float,
     ) -> Share:
-        old = logprobs.detach() if self.on_policy else fields["old_logprobs"]
-        loss, sums = policy_loss(logprobs, old, fields["advantages"], self.clip_range)
-        metrics = _divided(
+        old = logprobs.detach() if self.one_step else fields["old_logprobs"]
+        weights, metrics = None, {}
+        if self.importance_cap is not None:
+            weights, sums = importance_weights(old, fields["engine_logprobs"], sequence_ids, self.importance_cap)
+            metrics = _divided(sums, total, CORRECTION)
+        loss, sums = policy_loss(logprobs, old, fields["advantages"], self.clip_range, weights)
+        metrics |= _divided(
             sums,
             total,
             {
@@ -184,13 +205,13 @@ class PolicyUpdate:
             penalty, sums = kl_loss(logprobs, fields["ref_logprobs"], self.kl_estimator)
             loss = loss + self.kl_coef * penalty
             metrics["loss/kl_avg"] = sums["kl"] / total
-        if self.on_policy:
+        if self.one_step:
             metrics.update(_engine_mismatch(logprobs.detach(), fields["engine_logprobs"], total))
         return loss / total, metrics
 
 
 def _engine_mismatch(logprobs: Tensor, engine_logprobs: Tensor, total: float) -> dict[str, Tensor]:
-    """The metrics of `algorithms.mismatch`, as shares; the trainer still holds the weights that were sampled from."""
+    """The metrics of `algorithms.mismatch`, as shares, of the policy before the update."""
     difference = logprobs - engine_logprobs
     ratio = difference.exp()
     return {

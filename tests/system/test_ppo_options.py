@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from rlhf_ray.data import prompt_items, read_rows
 from rlhf_ray.driver.groups import Groups, running_groups
 from rlhf_ray.driver.ppo import PPOLoop
 from rlhf_ray.driver.turns import Turns
+from rlhf_ray.driver.verify import verify
+from rlhf_ray.errors import RunStopped
 from rlhf_ray.models.reading import StateValues
 from rlhf_ray.packing import Sequence
 from rlhf_ray.stages.ppo import read_ptx
@@ -46,11 +49,13 @@ class Shared:
     def config(self, name: str, **sections: dict[str, Any]) -> PPOConfig:
         return functions_only(self.inputs, name, **sections)
 
-    def train(self, config: PPOConfig) -> list[dict[str, Any]]:
-        """Run PPO on the groups; returns the metrics."""
+    def train(self, config: PPOConfig, *, stopped: bool = False) -> list[dict[str, Any]]:
+        """Run PPO on the groups, or its first iteration if it is to be `stopped`; returns the metrics."""
         data = config.data
         prompts, _ = prompt_items(read_rows(data.path), self.tokenizer, data.max_tokens, data.overlong, data.as_chat)
         with open_run(config, "ppo") as run:
+            if stopped:
+                run._stop.set()  # as a signal would
             PPOLoop(config, run, self.groups, prompts, read_ptx(config, self.tokenizer)).train()
         return rows_of(config)
 
@@ -158,6 +163,36 @@ def test_the_pretraining_mix_trains_on_the_demonstrations(shared: Shared):
     rows = shared.train(config)
     assert rows[0]["loss/ptx_avg"] == pytest.approx(expected, rel=1e-5)
     assert rows[-1]["loss/ptx_avg"] < rows[0]["loss/ptx_avg"] - 0.2
+
+
+@pytest.mark.parametrize(("bound", "minibatches"), [(1, 1), (2, 2)])
+def test_sampling_ahead_of_training_keeps_to_the_bound(shared: Shared, bound: int, minibatches: int):
+    ppo = {"iterations": 6, "max_staleness": bound, "minibatches": minibatches}
+    config = shared.config(f"ahead_{bound}", rollout={"max_new_tokens": 60}, ppo=ppo)
+    rows = shared.train(config)
+    assert [row["sampling/staleness/max"] for row in rows[: bound + 1]] == list(range(bound + 1))
+    assert all(row["sampling/staleness/max"] <= bound for row in rows)
+    assert max(row["sampling/staleness/mean"] for row in rows) > 0.5
+    # The first iteration trains what its own weights sampled.
+    assert rows[0]["sampling/sampling_logp_difference/max"] < TOLERANCE
+    assert rows[0]["sampling/importance_weight/mean"] == pytest.approx(1, abs=TOLERANCE)
+    assert rows[-1]["sampling/sampling_logp_difference/max"] > TOLERANCE
+    assert all(0.5 < row["sampling/importance_weight/mean"] < 2 for row in rows)
+    assert [one.problem for one in verify(Path(config.run.dir)) if one.problem] == []
+
+
+def test_a_run_that_samples_ahead_and_is_stopped_draws_what_it_had_begun_again(shared: Shared):
+    config = shared.config("ahead_stopped", ppo={"iterations": 5, "max_staleness": 2})
+    with pytest.raises(RunStopped):
+        shared.train(config, stopped=True)
+    assert [row["step"] for row in rows_of(config)] == [0]
+    rows = shared.train(config)
+    assert [row["step"] for row in rows] == list(range(5))
+    # Batches that were begun before the stop are sampled again, with the weights of the checkpoint.
+    assert [row["sampling/staleness/max"] for row in rows] == [0, 0, 1, 2, 2]
+    findings = verify(Path(config.run.dir))
+    assert [one.problem for one in findings if one.problem] == []
+    assert "40 drawn of 20, each once an epoch" in [one.found for one in findings]
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,17 @@ def test_policy_loss_equals_the_four_cases_worked_by_hand():
     torch.testing.assert_close(logprobs.grad, f64([0.0, 3.0, -1.0, 0.0]))
 
 
+def test_importance_weights_multiply_each_tokens_clipped_term():
+    # The four cases above, -2.4, 3, -1 and 1.6, weighed by 1, 0.5, 2 and 0: -2.4 + 1.5 - 2 = -2.9.
+    ratios = f64([1.5, 1.5, 0.5, 0.5])
+    logprobs = ratios.log().requires_grad_()
+    weights = f64([1.0, 0.5, 2.0, 0.0])
+    loss, _ = policy_loss(logprobs, torch.zeros_like(ratios), f64([2.0, -2.0, 2.0, -2.0]), 0.2, weights)
+    assert math.isclose(loss.item(), -2.9, rel_tol=1e-12)
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, f64([0.0, 1.5, -2.0, 0.0]))
+
+
 def test_at_ratio_1_the_gradient_is_that_of_reinforce_with_advantages():
     torch.manual_seed(0)
     logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)

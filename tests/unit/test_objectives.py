@@ -111,6 +111,12 @@ CASES = {
         [response(5 + i, 2 + i, i) for i in range(6)],
         [[0, 4, 1], [2, 3], [5]],
     ),
+    "stale": (
+        PolicyUpdate(0.2, 0.7, False, importance_cap=1.2),
+        "causal",
+        [response(5 + i, 2 + i, i) for i in range(6)],
+        [[0, 4, 1], [2, 3], [5]],
+    ),
     "value": (
         ValueUpdate(0.2),
         "scalar",
@@ -218,7 +224,7 @@ def test_dpo_pairs_count_by_weight(causal):
 def test_on_policy_ratio_is_one_and_the_loss_is_minus_the_mean_advantage(causal):
     sequences = [response(7, 3, 0), response(9, 5, 1)]
     batch = pack(sequences, [0, 1])
-    loss, metrics = PolicyUpdate(0.2, 0.7, on_policy=True).loss(causal, batch, {"tokens": 8, "ptx_tokens": 0})
+    loss, metrics = PolicyUpdate(0.2, 0.7, one_step=True).loss(causal, batch, {"tokens": 8, "ptx_tokens": 0})
     assert float(loss) == pytest.approx(-float(batch.targets("advantages").mean()), rel=1e-5)
     assert float(metrics["val/ratio"]) == pytest.approx(1.0, abs=1e-6)
     assert float(metrics["policy/clipfrac_avg"]) == 0.0
@@ -253,6 +259,27 @@ def test_policy_terms_add_up_with_their_coefficients_and_temperatures(causal):
     assert float(metrics["loss/ptx_avg"]) == pytest.approx(-float(demonstration.mean()), rel=1e-5)
     assert float(metrics["val/ratio"]) == pytest.approx(float(ratio.mean()), rel=1e-5)
     assert "sampling/kl" not in metrics
+
+
+@pytest.mark.parametrize("one_step", [True, False])
+def test_stale_tokens_are_weighed_by_the_proximal_over_the_sampling_policy(causal, one_step):
+    sequences = [response(7, 3, 0), response(9, 5, 1), response(8, 4, 2, ptx=1.0)]
+    batch = pack(sequences, [0, 1, 2])
+    own = torch.cat(TokenLogprobs(0.7)(causal, batch)[:2]).detach()
+    proximal = own if one_step else torch.cat([s.token_fields["old_logprobs"][s.loss_mask] for s in sequences[:2]])
+    # The first response's tokens were sampled half as likely, within the cap; the second's four times: masked.
+    engine = proximal - torch.log(torch.tensor([2.0] * 3 + [0.25] * 5))
+    for one, part in zip(sequences, engine.split([3, 5]), strict=False):
+        one.token_fields["engine_logprobs"][one.loss_mask] = part
+    batch = pack(sequences, [0, 1, 2])
+    objective = PolicyUpdate(0.2, 0.7, one_step, importance_cap=3.0)
+    loss, metrics = objective.loss(causal, batch, {"tokens": 8.0, "ptx_tokens": 4.0})
+    advantages = torch.cat([s.token_fields["advantages"][s.loss_mask] for s in sequences[:2]])
+    ratio = (own - proximal).exp()
+    terms = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    assert float(loss) == pytest.approx(float(-2.0 * terms[:3].sum() / 8), rel=1e-4)
+    found = {name: float(metrics[f"sampling/importance_weight/{name}"]) for name in ("mean", "truncated", "masked")}
+    assert found == pytest.approx({"mean": 6 / 8, "truncated": 0.0, "masked": 5 / 8}, rel=1e-5)
 
 
 def test_batch_of_demonstrations_alone_has_the_ptx_term_alone(causal):

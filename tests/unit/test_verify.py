@@ -34,7 +34,7 @@ def rows_of_steps() -> list[list[dict[str, Any]]]:
     return steps
 
 
-def write_run(folder: Path, steps: list[list[dict[str, Any]]]) -> Path:
+def write_run(folder: Path, steps: list[list[dict[str, Any]]], max_staleness: int = 0) -> Path:
     config = from_dict(
         {
             "run": {"dir": str(folder)},
@@ -43,7 +43,7 @@ def write_run(folder: Path, steps: list[list[dict[str, Any]]]) -> Path:
             "critic": {"warmup_iterations": 1},
             "reward": {"models": [{"path": "reward"}]},
             "rollout": {"kv_cache_gib": 0.5, "samples_per_prompt": SAMPLES},
-            "ppo": {"iterations": 10, "prompts_per_iteration": DRAWN},
+            "ppo": {"iterations": 10, "prompts_per_iteration": DRAWN, "max_staleness": max_staleness},
         },
         "ppo",
     )
@@ -76,6 +76,17 @@ def test_a_run_that_lost_nothing_passes(tmp_path, capsys):
     assert ended.value.code == 0 and "right  prompts: 12 drawn of 5" in capsys.readouterr().out
 
 
+def test_tokens_as_old_as_allowed_pass_and_older_ones_do_not(tmp_path):
+    steps = rows_of_steps()
+    steps[3][0]["oldest_version"] = 1
+    run = write_run(tmp_path / "run", steps, max_staleness=1)
+    assert problems(run) == {}
+    assert verify(run)[-1].found == "4 steps, each sampled at most 1 updates older than the weights of its beginning"
+    steps[3][0]["oldest_version"] = 0
+    run = write_run(tmp_path / "other", steps, max_staleness=1)
+    assert problems(run)["weights"] == "step 3, prompt p4: tokens of version 0 to 2, and 1 to 2 is allowed"
+
+
 def doubled(steps: list[list[dict[str, Any]]]) -> None:
     for row in steps[1]:
         row["uid"] = row["uid"].replace("p3", "p1")
@@ -103,7 +114,7 @@ def stale(steps: list[list[dict[str, Any]]]) -> None:
         ),
         (lost_sample, "responses", "step 2, prompt p1: samples 0, and each of 2 should be there once"),
         (lost_prompt, "responses", "step 2 has 2 prompts, and 3 were drawn"),
-        (stale, "weights", "step 3, prompt p4: tokens of version 1 to 2; the policy was at 2"),
+        (stale, "weights", "step 3, prompt p4: tokens of version 1 to 2, and 2 is allowed"),
     ],
 )
 def test_what_was_lost_or_doubled_is_named(

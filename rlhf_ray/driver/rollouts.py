@@ -1,0 +1,142 @@
+"""Sampling and scoring, as many iterations ahead of training as `ppo.max_staleness` allows.
+
+The bound holds by admission: while iteration i is under way, the engines serve weights of at least as many updates as
+i trains on top of, and no batch after i + max_staleness is started. So no token of batch b is from weights more than
+max_staleness updates older than those that b trains, however long its responses take.
+"""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_ray.config.ppo import PPOConfig
+from rlhf_ray.data import EpochOrder
+from rlhf_ray.data.formats import Prompt
+from rlhf_ray.driver.groups import Groups
+from rlhf_ray.errors import EngineError
+from rlhf_ray.rollout.engine import SampleRequest
+from rlhf_ray.rollout.pool import sampling_seed
+from rlhf_ray.scoring.scorer import ScoredTrajectory
+from rlhf_ray.tracking.activity import Activity
+from rlhf_ray.trajectory import Trajectory
+
+
+@dataclass
+class Batch:
+    """One iteration's scored responses.
+
+    Attributes:
+        order: the data order's state after its prompts were drawn, where a run that continues goes on.
+        epoch: epochs drawn by then.
+        generate_s: seconds from its start to the last response.
+        score_s: seconds from there until all were scored.
+    """
+
+    iteration: int
+    scored: list[ScoredTrajectory]
+    order: dict[str, Any]
+    epoch: float
+    generate_s: float
+    score_s: float
+
+    def staleness(self, version: int, bound: int) -> dict[str, float]:
+        """How many policy updates lie between the weights that sampled a token and those it trains.
+
+        Args:
+            version: updates in the weights before this batch's update.
+            bound: `ppo.max_staleness`.
+
+        Returns:
+            Metrics: mean over tokens, and the largest.
+
+        Raises:
+            EngineError: a token is older than the bound, which admission rules out: better to stop than to train on it.
+        """
+        spans = [span for one in self.scored for span in one.trajectory.versions]
+        oldest = version - min(span.version for span in spans)
+        if oldest > bound:
+            raise EngineError(
+                f"iteration {self.iteration}: a token is from weights {oldest} updates old, and `ppo.max_staleness` is "
+                f"{bound}; the run stops before it trains on it. Please report this: admission should rule it out"
+            )
+        tokens = sum(span.end - span.start for span in spans)
+        late = sum((version - span.version) * (span.end - span.start) for span in spans)
+        return {"sampling/staleness/mean": late / max(tokens, 1), "sampling/staleness/max": float(oldest)}
+
+
+class Rollouts:
+    """The batches of a run, in order."""
+
+    def __init__(self, config: PPOConfig, groups: Groups, prompts: list[Prompt], activity: Activity) -> None:
+        self.order = EpochOrder(len(prompts), config.run.seed)
+        self._config = config
+        self._groups = groups
+        self._prompts = prompts
+        self._activity = activity
+        self._ahead: dict[int, Future[Batch]] = {}
+        self._threads = ThreadPoolExecutor(config.ppo.max_staleness + 1, thread_name_prefix="rollouts")
+
+    def close(self) -> None:
+        """Start nothing more. Batches under way end with the engines."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def admit(self, iteration: int) -> None:
+        """Start the batches that may be under way while `iteration` is, whose weights the engines serve already."""
+        ppo = self._config.ppo
+        if not ppo.max_staleness:
+            return
+        for coming in range(iteration, min(iteration + ppo.max_staleness + 1, ppo.iterations)):
+            if coming not in self._ahead:
+                self._ahead[coming] = self._threads.submit(self._make, coming, *self._draw())
+
+    def take(self, iteration: int) -> Batch:
+        """Wait for the batch of an iteration; its predecessors were taken before."""
+        self.admit(iteration)
+        if iteration in self._ahead:
+            return self._ahead.pop(iteration).result()  # every wait in that thread has a deadline of its own
+        return self._make(iteration, *self._draw())
+
+    def _draw(self) -> tuple[list[Prompt], dict[str, Any], float]:
+        prompts = [self._prompts[i] for i in self.order.next(self._config.ppo.prompts_per_iteration)]
+        return prompts, self.order.state_dict(), self.order.epoch + self.order.position / len(self._prompts)
+
+    def _make(self, iteration: int, prompts: list[Prompt], order: dict[str, Any], epoch: float) -> Batch:
+        """Sample and score: reference, rewards and critic work while other responses are still being sampled."""
+        started = time.monotonic()
+        requests, by_uid = self._requests(iteration, prompts)
+        sampled = started
+
+        def stream() -> Iterator[list[Trajectory]]:
+            nonlocal sampled
+            with self._activity.busy("generate", iteration=iteration):
+                yield from self._groups.rollout.generate(requests)
+            sampled = time.monotonic()
+
+        # Responses that wait for their turn to train get the values of the critic of that time.
+        with_values = self._config.ppo.max_staleness == 0
+        scored = self._groups.scorer.score(stream(), by_uid, with_values=with_values)
+        return Batch(iteration, scored, order, epoch, sampled - started, time.monotonic() - sampled)
+
+    def _requests(self, iteration: int, prompts: list[Prompt]) -> tuple[list[SampleRequest], dict[str, Prompt]]:
+        """What to sample, and the prompt of each uid."""
+        rollout = self._config.rollout
+        # A prompt may come twice in one iteration, where an epoch ends within it; each draw is a sample of its own.
+        by_uid: dict[str, Prompt] = {}
+        requests = []
+        for prompt in prompts:
+            uid = prompt.uid if prompt.uid not in by_uid else f"{prompt.uid}+{len(by_uid)}"
+            by_uid[uid] = prompt
+            requests += [
+                SampleRequest(
+                    uid,
+                    sample,
+                    prompt.token_ids,
+                    sampling_seed(self._config.run.seed, iteration, uid, sample),
+                    rollout.temperature,
+                    rollout.max_new_tokens,
+                )
+                for sample in range(rollout.samples_per_prompt)
+            ]
+        return requests, by_uid
