@@ -25,6 +25,17 @@ seeds and log-probabilities). Time runs from handing over the requests to the la
 Latencies count from the arrival at the engine, waiting included. Weights are random.
 """
 
+ITERATION = """
+## An iteration of PPO
+
+A run of PPO on random weights, beside what the same cores need without this system: vLLM alone for the responses, plain
+torch for a forward pass of reference, reward model and critic and for an optimizer step of policy and critic, one after
+the other. W1: Llama, hidden 256, 6 layers, vocabulary 4096; 64 prompts of 32 tokens, 128 new ones each. W2: W1 with
+log-normal lengths (median 48, sigma 0.9, at most 384). W3: W1 at 100 million parameters, 16 prompts. GAE, KL in the
+reward, one epoch, one optimizer step. "Nobody busy": no process but the driver has a span open. "Hidden": the share of
+the scorers' work after which nobody waited. The middle of the iterations, the least and the largest in brackets.
+"""
+
 MEMORY = """
 ## Memory
 
@@ -64,6 +75,35 @@ def rollout(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def iteration(reports: list[dict[str, Any]]) -> list[str]:
+    """Runs of `rlhf-ray bench iteration`, a row each, and what the bare work is made of."""
+    lines: list[str] = []
+    for report in reports:
+        lines.append(f"\n`{report['command']}`, {report['processor']}, commit {report['commit']}")
+    names = ("workload", "precision", "ahead", "iteration, s", "generate", "score", "train", "transfer")
+    names += ("bare work, s", "iteration / bare", "nobody busy", "scoring hidden")
+    lines += ["", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for report in reports:
+        parts = [f"{report['parts_s'][name]['median']:.2f}" for name in ("generate", "score", "train", "transfer")]
+        cells = (
+            report["workload"].upper(),
+            report["dtype"],
+            report["max_staleness"],
+            _spread(report["iteration_s"], "{:.2f}"),
+            *parts,
+            _spread(report["bare_s"], "{:.2f}"),
+            _spread(report["share_of_bare"], "{:.2f}"),
+            _spread(report["nobody_busy"], "{:.1%}"),
+            _spread(report["scoring_hidden"], "{:.0%}"),
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def _spread(values: dict[str, float], form: str) -> str:
+    return f"{form.format(values['median'])} ({form.format(values['min'])} to {form.format(values['max'])})"
+
+
 def memory(report: dict[str, Any]) -> list[str]:
     """One run of `benchmarks/memory.py`."""
     lines = [f"\n{report['hardware']}, torch {report['torch']}. Largest deviation {report['largest_deviation']:.1%}.\n"]
@@ -93,6 +133,9 @@ def page() -> str:
         lines.append(ROLLOUT.rstrip())
     for report in measured:
         lines += rollout(report)
+    iterations = [report for report in reports.values() if report.get("benchmark") == "iteration"]
+    if iterations:
+        lines += [ITERATION.rstrip(), *iteration(iterations)]
     lines += [MEMORY.rstrip(), *memory(reports["memory"])]
     return "\n".join(lines) + "\n"
 

@@ -108,6 +108,48 @@ def rollout(
         typer.echo("best: " + " ".join(f"rollout.{key}={best[key]}" for key in keys))
 
 
+@bench.command()
+def iteration(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="section.key=value", help="Changes to the configuration.", show_default=False),
+    ] = None,
+    workload: Annotated[str, typer.Option(help="w1, w2 or w3; see docs/performance.md.")] = "w1",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    repeats: Annotated[int, typer.Option(min=1, help="Iterations that are measured, after one that warms up.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Run iterations of PPO on random weights, beside the bare work of vLLM and torch on the same cores."""
+    import os
+    import tempfile
+
+    import ray
+
+    from rlhf_ray.bench import report
+    from rlhf_ray.bench.iteration import WORKLOADS, bench_iteration, built_in_config
+    from rlhf_ray.placement.plan import make_plan
+
+    if workload not in WORKLOADS:
+        raise ConfigError(f"--workload: found {workload!r}, expected one of {', '.join(WORKLOADS)}")
+    with tempfile.TemporaryDirectory(prefix="rlhf-ray-bench-") as folder:
+        config = built_in_config(WORKLOADS[workload], dtype, Path(folder), repeats + 1, overrides or [])
+        # Groups that work one after the other use the same cores, so that Ray is told of more than there are.
+        ray.init(
+            "local", num_cpus=int(make_plan(config).needed("CPU")) + 1, include_dashboard=False, log_to_driver=False
+        )
+        try:
+            row = bench_iteration(config, WORKLOADS[workload])
+            found = report.circumstances(report.inventory())
+            found["hardware"][0]["cpus"] = len(os.sched_getaffinity(0))
+        finally:
+            ray.shutdown()
+        typer.echo(report.iteration_lines(workload, dtype, row))
+        if out is not None:
+            settings = {"workload": workload, "dtype": dtype, "repeats": repeats}
+            settings["max_staleness"] = config.ppo.max_staleness
+            report.write(out, {"benchmark": "iteration", **found, **settings, **row})
+
+
 def _numbers(text: str, option: str) -> list[int]:
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):

@@ -110,6 +110,24 @@ def table(rows: list[dict[str, Any]], unit: str) -> Table:
     return found
 
 
+def iteration_lines(workload: str, dtype: str, row: dict[str, Any]) -> str:
+    """A measured iteration for people."""
+
+    def said(values: dict[str, float], form: str = "{:.2f}") -> str:
+        return " ".join(
+            [form.format(values["median"]), f"({form.format(values['min'])} to {form.format(values['max'])})"]
+        )
+
+    lines = [f"{workload}, {dtype}: {said(row['iteration_s'])} s an iteration"]
+    lines += [f"  {name}: {said(values)} s" for name, values in row["parts_s"].items()]
+    lines.append(f"  nobody busy: {said(row['nobody_busy'], '{:.1%}')}")
+    lines.append(f"  scoring hidden behind generation: {said(row['scoring_hidden'], '{:.0%}')}")
+    lines.append(f"bare work on the same cores: {said(row['bare_s'])} s")
+    lines += [f"  {name}: {said(values)} s" for name, values in row["bare_parts_s"].items()]
+    lines.append(f"iteration / bare work: {said(row['share_of_bare'])}")
+    return "\n".join(lines)
+
+
 def recommend(rows: list[dict[str, Any]], goal: str) -> dict[str, Any]:
     """The best combination for a goal.
 

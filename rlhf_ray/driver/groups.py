@@ -39,10 +39,13 @@ class Groups:
 
 
 @contextmanager
-def running_groups(config: PPOConfig, tokenizer: Any, tokenizer_folder: str, logs: Path) -> Iterator[Groups]:
+def running_groups(
+    config: PPOConfig, tokenizer: Any, tokenizer_folder: str, logs: Path, *, to_the_limit: bool = False
+) -> Iterator[Groups]:
     """All groups, connected for weight transfer; they are gone after the block.
 
-    They start side by side, but for engines that share GPUs with trainers, which start last.
+    They start side by side, but for engines that share GPUs with trainers, which start last. Responses end at the
+    end-of-sequence token, or at their limit alone if they are to go on `to_the_limit`, for measurements.
 
     Raises:
         ResourceError: the cluster cannot hold them.
@@ -53,7 +56,9 @@ def running_groups(config: PPOConfig, tokenizer: Any, tokenizer_folder: str, log
         placement = stack.enter_context(reserve(make_plan(config), logs))
         patience = patience_of(config.run)
         forget(logs.parent)
-        rollout = RolloutPool(engine_spec(config, (tokenizer.eos_token_id,)), placement, patience)
+        rollout = RolloutPool(
+            engine_spec(config, () if to_the_limit else (tokenizer.eos_token_id,)), placement, patience
+        )
         stack.callback(rollout.stop)
         if not takes_turns(config):
             rollout.launch()

@@ -105,7 +105,7 @@ class Rollouts:
     def _make(self, iteration: int, prompts: list[Prompt], order: dict[str, Any], epoch: float) -> Batch:
         """Sample and score: reference, rewards and critic work while other responses are still being sampled."""
         started = time.monotonic()
-        requests, by_uid = self._requests(iteration, prompts)
+        requests, by_uid = self.requests(iteration, prompts)
         sampled = started
 
         def stream() -> Iterator[list[Trajectory]]:
@@ -119,7 +119,7 @@ class Rollouts:
         scored = self._groups.scorer.score(stream(), by_uid, with_values=with_values)
         return Batch(iteration, scored, order, epoch, sampled - started, time.monotonic() - sampled)
 
-    def _requests(self, iteration: int, prompts: list[Prompt]) -> tuple[list[SampleRequest], dict[str, Prompt]]:
+    def requests(self, iteration: int, prompts: list[Prompt]) -> tuple[list[SampleRequest], dict[str, Prompt]]:
         """What to sample, and the prompt of each uid."""
         rollout = self._config.rollout
         # A prompt may come twice in one iteration, where an epoch ends within it; each draw is a sample of its own.

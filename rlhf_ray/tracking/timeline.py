@@ -80,16 +80,23 @@ def cut(timeline: Timeline, start: float, end: float) -> Timeline:
 
 def idle_shares(timeline: Timeline, start: float, end: float) -> dict[str, float]:
     """Share of the time between two moments in which each process (the driver aside) had no span open."""
-    shares = {}
-    for actor, spans in cut(timeline, start, end).items():
-        if actor == "driver":
-            continue
-        busy, covered = 0.0, start
-        for span in spans:
-            busy += max(0.0, span.end - max(span.start, covered))
-            covered = max(covered, span.end)
-        shares[actor] = 1.0 - busy / (end - start)
-    return shares
+    between = cut(timeline, start, end)
+    return {actor: 1.0 - _covered(spans) / (end - start) for actor, spans in between.items() if actor != "driver"}
+
+
+def nobody_busy(timeline: Timeline, start: float, end: float) -> float:
+    """Share of the time between two moments in which no process, the driver aside, had a span open."""
+    spans = [span for actor, found in cut(timeline, start, end).items() if actor != "driver" for span in found]
+    return 1.0 - _covered(sorted(spans, key=lambda span: span.start)) / (end - start)
+
+
+def _covered(spans: Sequence[Span]) -> float:
+    """Seconds in which at least one of the spans, which are in the order of their beginnings, was open."""
+    seconds, covered = 0.0, float("-inf")
+    for span in spans:
+        seconds += max(0.0, span.end - max(span.start, covered))
+        covered = max(covered, span.end)
+    return seconds
 
 
 def perfetto(timeline: Timeline) -> dict[str, Any]:

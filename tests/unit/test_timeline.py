@@ -5,7 +5,7 @@ import pytest
 from rlhf_ray.cli import main
 from rlhf_ray.errors import StageError
 from rlhf_ray.tracking.activity import Activity
-from rlhf_ray.tracking.timeline import Span, cut, draw, idle_shares, iterations, perfetto, read_timeline
+from rlhf_ray.tracking.timeline import Span, cut, draw, idle_shares, iterations, nobody_busy, perfetto, read_timeline
 
 
 def span(name: str, start: float, end: float, **details) -> Span:
@@ -97,3 +97,10 @@ def test_the_command_writes_picture_and_trace(tmp_path, capsys):
 def test_a_directory_without_spans_is_an_error(tmp_path):
     with pytest.raises(StageError, match="holds no spans"):
         read_timeline(tmp_path)
+
+
+def test_nobody_is_busy_where_no_process_but_the_driver_has_a_span():
+    # Busy: 1 to 6 and 6 to 9 of the first ten seconds; 16 to 18 and 19 to 20 of the second.
+    assert nobody_busy(TIMELINE, 0, 10) == pytest.approx(0.2)
+    assert nobody_busy(TIMELINE, 10, 20) == pytest.approx(0.7)
+    assert nobody_busy({"driver": TIMELINE["driver"]}, 0, 10) == 1.0

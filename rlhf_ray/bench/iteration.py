@@ -1,0 +1,236 @@
+"""`rlhf-ray bench iteration`: how long an iteration of PPO takes and where its time goes, beside the bare work.
+
+The bare work is what the same cores need without this system: vLLM alone for the responses, plain torch for a forward
+pass of the reference, of the reward model and of the critic, and for an optimizer step of policy and critic, one after
+the other, each on all cores.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rlhf_ray.bench.bare import BareEngine
+from rlhf_ray.bench.bare_torch import BareTorch
+from rlhf_ray.bench.random_models import write_llama
+from rlhf_ray.bench.rollout import spread
+from rlhf_ray.bench.workload import Fixed, Lengths, LogNormal, Workload, make_workload
+from rlhf_ray.config.load import from_dict
+from rlhf_ray.config.ppo import PPOConfig
+from rlhf_ray.data.formats import Prompt
+from rlhf_ray.driver.groups import engine_spec, running_groups
+from rlhf_ray.driver.ppo import PPOLoop
+from rlhf_ray.driver.rollouts import Rollouts
+from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.rollout.engine import SampleRequest
+from rlhf_ray.runtime.remote import START_TIMEOUT_S, get
+from rlhf_ray.stages.run import open_run
+from rlhf_ray.tracking.logs import logging_environment
+from rlhf_ray.tracking.timeline import cut, iterations, nobody_busy, read_timeline
+
+logger = logging.getLogger(__name__)
+
+SCORING = ("log-probabilities", "scores", "forward")
+PARTS = ("generate", "score", "advantages", "train", "transfer")
+
+
+@dataclass(frozen=True)
+class IterationWorkload:
+    """What an iteration works on.
+
+    Attributes:
+        model: keys of `LlamaConfig`, for all four models.
+        prompts: of an iteration, one response each.
+        prompt_tokens: tokens of each.
+        response: their lengths.
+    """
+
+    model: dict[str, Any]
+    prompts: int
+    prompt_tokens: int
+    response: Lengths
+
+    def requests(self, seed: int) -> Workload:
+        """Those of one iteration."""
+        prompt = Fixed(self.prompt_tokens)
+        return make_workload(prompt, self.response, self.prompts, 1, self.model["vocab_size"], seed)
+
+
+SMALL = {
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 688,
+    "vocab_size": 4096,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
+# 100 million parameters.
+LARGE = SMALL | {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "intermediate_size": 2816,
+}
+WORKLOADS = {
+    "w1": IterationWorkload(SMALL, 64, 32, Fixed(128)),
+    "w2": IterationWorkload(SMALL, 64, 32, LogNormal(48, 0.9, 384)),
+    "w3": IterationWorkload(LARGE, 16, 32, Fixed(128)),
+}
+
+
+class KnownLengths(Rollouts):
+    """Responses of lengths that are known beforehand."""
+
+    lengths: list[int]
+
+    def requests(self, iteration: int, prompts: list[Prompt]) -> tuple[list[SampleRequest], dict[str, Prompt]]:
+        """What to sample, each as long as it is to be."""
+        requests, by_uid = super().requests(iteration, prompts)
+        pairs = zip(requests, self.lengths, strict=True)
+        return [replace(request, max_new_tokens=length) for request, length in pairs], by_uid
+
+
+def built_in_config(
+    workload: IterationWorkload, dtype: str, folder: Path, count: int, overrides: list[str]
+) -> PPOConfig:
+    """A run of `count` iterations on this machine's cores, on models that are written into the folder."""
+    cores = len(os.sched_getaffinity(0))
+    policy = write_llama(folder / "policy", workload.model, scalar=False)
+    reward = write_llama(folder / "reward", workload.model, scalar=True)
+    half = max(1, cores // 2)
+    values = {
+        "run": {"dir": str(folder / "run"), "checkpoint_every": count},
+        "data": {"path": "none", "max_tokens": workload.prompt_tokens},
+        "policy": {"path": policy, "cpus": half},
+        "critic": {"init": reward, "cpus": half},
+        "reference": {"dtype": dtype},
+        "reward": {"models": [{"path": reward}], "dtype": dtype},
+        "rollout": {
+            "cpus": cores,
+            "dtype": dtype,
+            "kv_cache_gib": 1.0,
+            "max_concurrency": workload.prompts,
+            "max_new_tokens": workload.response.largest,
+        },
+        "training": {"dtype": dtype, "zero_stage": 0},
+        "ppo": {"iterations": count, "prompts_per_iteration": workload.prompts, "kl_coef": 0.05},
+    }
+    config = from_dict(values, "ppo", overrides, "the built-in configuration")
+    assert isinstance(config, PPOConfig)
+    return config
+
+
+def bench_iteration(config: PPOConfig, workload: IterationWorkload) -> dict[str, Any]:
+    """Measure the iterations of a run, of which the first warms up, and then the bare work as many times.
+
+    Args:
+        config: of `built_in_config`.
+        workload: the same.
+
+    Returns:
+        Seconds an iteration and of its parts, shares, and the bare work's parts; each with median and spread.
+
+    Raises:
+        RlhfError: a model, the cluster or a process failed.
+    """
+    requests = workload.requests(seed=0)
+    rows = _system(config, requests)
+    bare = _bare(config, workload, requests)
+    total = [sum(part[i] for part in bare.values()) for i in range(len(rows))]
+    seconds = [row["iteration"] for row in rows]
+    middle = spread(total)["median"]
+    return {
+        "iteration_s": spread(seconds),
+        "parts_s": {name: spread([row[name] for row in rows]) for name in PARTS},
+        "nobody_busy": spread([row["nobody_busy"] for row in rows]),
+        "scoring_hidden": spread([row["scoring_hidden"] for row in rows]),
+        "bare_s": spread(total),
+        "bare_parts_s": {name: spread(values) for name, values in bare.items()},
+        "share_of_bare": spread([one / middle for one in seconds]),
+    }
+
+
+def _system(config: PPOConfig, requests: Workload) -> list[dict[str, float]]:
+    """Every iteration but the first: its seconds, those of its parts, and shares of them."""
+    tokenizer = load_tokenizer(config.policy.path)
+    prompts = [
+        Prompt(uid=f"{index}", content=" ".join(map(str, ids)), row={}, source="random", token_ids=ids)
+        for index, ids in enumerate(requests.prompts)
+    ]
+    with (
+        open_run(config, "ppo") as run,
+        running_groups(config, tokenizer, config.policy.path, run.directory.logs, to_the_limit=True) as groups,
+    ):
+        loop = PPOLoop(config, run, groups, prompts, [])
+        loop.rollouts = rollouts = KnownLengths(config, groups, prompts, loop.activity)
+        rollouts.lengths = requests.lengths
+        loop.train()
+        folder = run.directory.path
+        metrics = run.directory.read_metrics()[1:]
+    timeline = read_timeline(folder)
+    spans = iterations(timeline)
+    rows = []
+    for row in metrics:
+        span = spans[row["step"]]
+        of_iteration = cut(timeline, span.start, span.end)
+        scoring = sum(
+            one.end - one.start
+            for actor, found in of_iteration.items()
+            for one in found
+            if actor != "driver" and one.name in SCORING
+        )
+        rows.append(
+            {name: row[f"time/{name}"] for name in ("iteration", *PARTS)}
+            | {
+                "nobody_busy": nobody_busy(timeline, span.start, span.end),
+                "scoring_hidden": max(0.0, 1.0 - row["time/score"] / scoring),
+            }
+        )
+    return rows
+
+
+def _bare(config: PPOConfig, workload: IterationWorkload, requests: Workload) -> dict[str, list[float]]:
+    """Seconds of each part of the bare work, as often as the system's iterations were measured."""
+    cores = len(os.sched_getaffinity(0))
+    repeats = config.ppo.iterations - 1
+    logs = Path(config.run.dir) / "logs"
+
+    def start(actor: type, name: str, *args: Any) -> Any:
+        variables = {"OMP_NUM_THREADS": str(cores), **logging_environment(logs, name)}
+        options = {"num_cpus": 0, "runtime_env": {"env_vars": variables}}
+        actor_class: Any = ray.remote(actor)
+        started = actor_class.options(**options).remote(*args)
+        get(started.ready.remote(), f"{name}: start-up", START_TIMEOUT_S)
+        return started
+
+    def measure(call: Callable[[], Any]) -> list[float]:
+        return [get(call(), "the bare work", config.run.timeout_s) for _ in range(repeats + 1)][1:]
+
+    engine = start(BareEngine, "bare-vllm", engine_spec(config, eos_token_ids=()))
+    found = {"generate": measure(lambda: engine.run.remote(requests))}
+    ray.kill(engine)
+    sequences = [prompt + [0] * length for prompt, length in zip(requests.prompts, requests.lengths, strict=True)]
+    models = (config.policy.path, config.critic.init)
+    torch_alone = start(
+        BareTorch, "bare-torch", *models, config.training.dtype, cores, config.training.micro_batch_tokens
+    )
+    parts = {
+        "reference forward": ("forward", "causal"),
+        "reward forward": ("forward", "scalar"),
+        "critic forward": ("forward", "scalar"),
+        "policy step": ("step", "causal"),
+        "critic step": ("step", "scalar"),
+    }
+    for name, (method, head) in parts.items():
+        work = partial(getattr(torch_alone, method).remote, head, sequences, workload.prompt_tokens)
+        found[name] = measure(work)
+    ray.kill(torch_alone)
+    return found

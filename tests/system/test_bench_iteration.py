@@ -1,0 +1,73 @@
+"""`rlhf-ray bench iteration`: real iterations on random weights, beside real bare work."""
+
+import json
+from pathlib import Path
+
+import pytest
+import ray
+
+from rlhf_ray.bench.iteration import IterationWorkload, bench_iteration, built_in_config
+from rlhf_ray.bench.random_models import write_llama
+from rlhf_ray.bench.report import iteration_lines
+from rlhf_ray.bench.workload import LogNormal
+from rlhf_ray.cli import main
+from rlhf_ray.placement.plan import make_plan
+
+TINY = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 256,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.system
+def test_an_iteration_and_the_bare_work_in_it_are_measured(tmp_path: Path):
+    workload = IterationWorkload(TINY, 6, 8, LogNormal(12, 0.9, 40))
+    overrides = ["rollout.enforce_eager=true", "rollout.kv_cache_gib=0.05", "run.timeout_s=120"]
+    config = built_in_config(workload, "fp32", tmp_path, 3, overrides)
+    cpus = int(make_plan(config).needed("CPU")) + 1
+    ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, namespace="bench")
+    try:
+        row = bench_iteration(config, workload)
+    finally:
+        ray.shutdown()
+    assert row["iteration_s"]["min"] > 0
+    parts = sum(row["parts_s"][name]["median"] for name in row["parts_s"])
+    assert 0.5 * row["iteration_s"]["median"] < parts < 1.5 * row["iteration_s"]["median"]
+    assert set(row["bare_parts_s"]) == {
+        "generate",
+        "reference forward",
+        "reward forward",
+        "critic forward",
+        "policy step",
+        "critic step",
+    }
+    assert all(values["min"] > 0 for values in row["bare_parts_s"].values())
+    assert row["share_of_bare"]["median"] == pytest.approx(row["iteration_s"]["median"] / row["bare_s"]["median"])
+    assert 0 <= row["nobody_busy"]["min"] <= row["nobody_busy"]["max"] < 1
+    assert 0 <= row["scoring_hidden"]["min"] <= row["scoring_hidden"]["max"] <= 1
+    # Every response has the length that it was to have.
+    lengths = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["completions/mean_length"]
+    assert lengths == pytest.approx(sum(workload.requests(0).lengths) / 6)
+    assert "iteration / bare work" in iteration_lines("tiny", "fp32", row)
+
+
+def test_random_models_have_a_tokenizer_of_numbers(tmp_path: Path):
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = write_llama(tmp_path / "model", TINY, scalar=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == TINY["vocab_size"] == AutoConfig.from_pretrained(folder).vocab_size
+    assert tokenizer("17 3")["input_ids"] == [17, 3]
+
+
+def test_an_unknown_workload_is_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "iteration", "--workload", "w9"])
+    assert ended.value.code == 2
+    assert "--workload: found 'w9', expected one of w1, w2, w3" in capsys.readouterr().err
