@@ -72,3 +72,11 @@ class RunStopped(RlhfError):
     """The run was asked to stop (SIGTERM, or Ctrl-C), wrote a checkpoint and ended; the same command continues it."""
 
     exit_code = 143
+
+
+def shortened(text: object, most: int = 200) -> str:
+    """Text on one line for a message, cut after `most` characters: files decide what is in it, and how much of it."""
+    whole = str(text)
+    # Half a surrogate pair cannot be printed.
+    line = " ".join(whole[: 4 * most].encode(errors="backslashreplace").decode().split())
+    return line if len(line) <= most and len(whole) <= 4 * most else f"{line[:most]}..."

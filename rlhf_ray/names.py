@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from rlhf_ray.errors import ConfigError, shortened
+
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -12,12 +14,32 @@ def looks_local(name: str) -> bool:
 
 def is_hub_name(name: str) -> bool:
     """Whether the name is looked for on the hub: nothing on disk answers to it, and it can be no path."""
-    return not looks_local(name) and not Path(name).expanduser().exists()
+    try:
+        return not looks_local(name) and not Path(name).exists()
+    except OSError:  # too long for a name, of either kind
+        return False
+
+
+def expanded(name: str) -> Path:
+    """The path that a name in a configuration is, with `~` written out; whether anything is there or not.
+
+    Raises:
+        ConfigError: no file could have it.
+    """
+    try:
+        # pathlib drops the `./` of `./~`, which is no home.
+        path = Path(name).expanduser() if name.startswith("~") else Path(name)
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long, behind a folder that may not be read, `~` of no known user
+        raise ConfigError(
+            f"{shortened(name)!r} names no file or folder that can be looked up ({shortened(error)}): correct the path"
+        ) from error
+    return path
 
 
 def on_disk(name: str) -> str:
     """The name by its absolute path where it is a folder here, so that processes that work elsewhere find it."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     return str(folder.absolute()) if folder.is_dir() else name
 
 

@@ -14,8 +14,8 @@ from rlhf_ray.config.offline import DPOConfig, RewardConfig, SFTConfig
 from rlhf_ray.config.pipeline import STAGE_CONFIGS, PipelineConfig, StageConfig
 from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.config.problems import Contradiction, prefixed
-from rlhf_ray.config.yaml_rules import dump_yaml, parse_yaml
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.config.yaml_rules import MOST_CHARACTERS, MOST_LEVELS, dump_yaml, parse_yaml
+from rlhf_ray.errors import ConfigError, shortened
 
 Model = TypeVar("Model", bound=BaseModel)
 Kind = Literal["sft", "reward", "dpo", "ppo", "pipeline"]
@@ -24,6 +24,10 @@ Kind = Literal["sft", "reward", "dpo", "ppo", "pipeline"]
 STAGE_SECTIONS: dict[Kind, str] = {"sft": "sft", "reward": "reward_model", "dpo": "dpo", "ppo": "ppo"}
 
 CONFIGS: dict[str, type[BaseModel]] = {**STAGE_CONFIGS, "pipeline": PipelineConfig}
+
+# Problems that one message tells, and characters of each key and number in it.
+MOST_PROBLEMS = 30
+LONGEST_KEY = 100
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -109,9 +113,13 @@ def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
         ConfigError: the file cannot be read, or holds something else.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with Path(path).open(encoding="utf-8") as file:
+            # No more than is parsed: a device or a file of data has no end, or one far away.
+            text = file.read(MOST_CHARACTERS + 1)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
+    if len(text) > MOST_CHARACTERS:
+        raise ConfigError(f"{path}: holds more than {MOST_CHARACTERS} characters, expected {expected} and no data")
     try:
         values = parse_yaml(text)
     except yaml.YAMLError as error:
@@ -157,10 +165,13 @@ def validated(model: type[Model], values: dict[str, Any], source: str) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = explain(error, values, model)
+        problems, more = explain(error, values, model)
+    except OverflowError as error:
+        raise ConfigError(f"{source}: holds a number too large to reckon with ({error}); make it smaller") from error
     if len(problems) == 1:
         raise ConfigError(f"{source}: {problems[0]}")
-    raise ConfigError(f"{source}: {len(problems)} problems:\n" + "\n".join(f"  {problem}" for problem in problems))
+    lines = [*problems, f"and {more} more"] if more else problems
+    raise ConfigError(f"{source}: {len(problems) + more} problems:\n" + "\n".join(f"  {line}" for line in lines))
 
 
 def dump_config(config: BaseModel) -> str:
@@ -172,8 +183,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
     """Sets one override in `values`, copying each container on the way, as aliases and callers share them."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
+    override = shortened(override)
     if not equals or not all(parts):
         raise ConfigError(f"override {override!r}: expected section.key=value")
+    if len(parts) > MOST_LEVELS:
+        raise ConfigError(f"override {override!r}: found {len(parts)} parts in its key, expected {MOST_LEVELS} at most")
     try:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
@@ -183,7 +197,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         for depth, part in enumerate(parts[:-1]):
             index, child = _child(node, part, parts[:depth])
             if child is None:
-                child = [] if parts[depth + 1].isdigit() else {}
+                child = [] if _is_index(parts[depth + 1]) else {}
             node[index] = child.copy() if isinstance(child, dict | list) else child
             node = node[index]
         index, _ = _child(node, parts[-1], parts[:-1])
@@ -194,32 +208,44 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _child(node: Any, part: str, above: list[str]) -> tuple[Any, Any]:
     """The index of `part` in a mapping or list, and what is there; a list grows by one for its next index."""
-    here = ".".join(above)
+    here = shortened(".".join(above))
     if isinstance(node, dict):
         return part, node.get(part)
     if not isinstance(node, list):
-        raise LookupError(f"{here} is {_found(node)}, so it has no {part}")
-    if not part.isdigit() or int(part) > len(node):
-        raise LookupError(f"{here} is a list of {len(node)}, so it has no {part}; the next index is {len(node)}")
+        raise LookupError(f"{here} is {_found(node)}, so it has no {shortened(part)}")
+    if not _is_index(part) or int(part) > len(node):
+        raise LookupError(
+            f"{here} is a list of {len(node)}, so it has no {shortened(part)}; the next index is {len(node)}"
+        )
     if int(part) == len(node):
         node.append(None)
     return int(part), node[int(part)]
 
 
-def explain(error: ValidationError, values: Any, model: type[BaseModel]) -> list[str]:
-    """One line for each problem: the dotted key, what was found, what is expected or what to change."""
+def _is_index(part: str) -> bool:
+    """Whether a part of a key counts in a list; other digits than these are text, and longer numbers no index."""
+    return re.fullmatch("[0-9]{1,9}", part) is not None
+
+
+def explain(error: ValidationError, values: Any, model: type[BaseModel]) -> tuple[list[str], int]:
+    """One line for each of the first problems, and how many more there are.
+
+    A line has the dotted key, what was found, and what is expected or what to change.
+    """
     lines: dict[str, list[str]] = {}
     expected: dict[str, tuple[str, list[str]]] = {}
-    for item in error.errors():
+    items = error.errors(include_url=False, include_input=False)
+    for item in items[:MOST_PROBLEMS]:
         location, found = _locate(item["loc"], values, item["type"])
-        key = ".".join(map(str, location))
+        whole_key = ".".join(map(str, location))
+        key = shortened(whole_key, LONGEST_KEY)
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, Contradiction):
             for problem in cause.problems:
                 name, text = prefixed(problem, location)
                 lines.setdefault(name, []).append(text)
         elif item["type"] == "extra_forbidden":
-            lines.setdefault(key, []).append(f"unknown key; {suggest(key, model)}")
+            lines.setdefault(key, []).append(f"unknown key; {suggest(whole_key, model)}")
         elif item["type"] == "missing" and isinstance(item["loc"][-1], str):
             lines.setdefault(key, []).append("missing; set it")
         else:
@@ -227,7 +253,8 @@ def explain(error: ValidationError, values: Any, model: type[BaseModel]) -> list
             expected.setdefault(key, (_found(found), []))[1].append(_expectation(item, found))
     for key, (found, wanted) in expected.items():
         lines.setdefault(key, []).append(f"found {found}, expected {' or '.join(dict.fromkeys(wanted))}")
-    return [f"{key}: {text}" for key, texts in lines.items() for text in texts]
+    told = [f"{key}: {shortened(text, 1000)}" for key, texts in lines.items() for text in texts]
+    return told[:MOST_PROBLEMS], len(items[MOST_PROBLEMS:]) + len(told[MOST_PROBLEMS:])
 
 
 def _locate(loc: tuple[int | str, ...], values: Any, kind: str) -> tuple[tuple[int | str, ...], Any]:
@@ -270,7 +297,11 @@ def _found(value: Any) -> str:
         return "nothing"
     if isinstance(value, dict):
         return "a mapping"
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        text.encode()
+    except (ValueError, RecursionError):  # from a Python program: lists without end, half a character, huge numbers
+        return f"a value of type {type(value).__name__} that cannot be shown"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -280,4 +311,4 @@ def _where(error: yaml.YAMLError) -> str:
 
 
 def _what(error: yaml.YAMLError) -> str:
-    return getattr(error, "problem", None) or str(error)
+    return shortened(getattr(error, "problem", None) or error, 500)

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rlhf_ray.config.problems import Problems
+from rlhf_ray.errors import shortened
 
 Dtype = Literal["fp32", "bf16"]
 
@@ -14,6 +15,16 @@ class Section(BaseModel):
     """Base of all sections: immutable, no unknown keys, no conversion but that of int to float."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _check_whole_numbers(self):
+        problems = Problems()
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if type(value) is int and not -(2**63) <= value < 2**63:
+                problems.add(name, f"{shortened(f'{value:#x}', 20)} is no number of 64 bits; make it smaller")
+        problems.check()
+        return self
 
 
 class RunSection(Section):

@@ -95,7 +95,7 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase, template_path: str 
     if template_path != "default":
         try:
             template = Path(template_path).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"`model.chat_template` {template_path} cannot be read: {error}") from error
     tokenizer.chat_template = template
     try:

@@ -10,18 +10,21 @@ section 3.5). A column that holds null counts as absent, because Arrow tables fi
 import hashlib
 import itertools
 import json
-import math
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from rlhf_ray.data.readers import MalformedRows, OnMalformed, Row
-from rlhf_ray.errors import DataError
+from rlhf_ray.errors import DataError, shortened
 
 Message = dict[str, Any]
 Content = str | list[Message]
 T = TypeVar("T")
+
+# Replies in a ranking: pairs grow with their square, and 256 replies make 32,640.
+MOST_REPLIES = 256
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -195,7 +198,9 @@ def _demonstration(row: Row, as_chat: bool) -> Demonstration:
 def _whole(messages: list[Message]) -> tuple[Content, Content]:
     """A conversation all of whose assistant messages are learned."""
     if messages[-1]["role"] != "assistant":
-        raise DataError(f"the conversation must end in an assistant message, found role {messages[-1]['role']!r}")
+        raise DataError(
+            f"the conversation must end in an assistant message, found role {shortened(repr(messages[-1]['role']))}"
+        )
     return [], messages
 
 
@@ -225,8 +230,11 @@ def _ranking(row: Row, index: int, as_chat: bool) -> list[PreferencePair]:
     replies, ranks = data[name], data["ranks"]
     if not isinstance(replies, list) or not isinstance(ranks, list) or len(replies) != len(ranks):
         raise DataError(f"`{name}` and `ranks` must be lists of the same length")
-    if any(isinstance(rank, bool) or not isinstance(rank, int | float) or math.isnan(rank) for rank in ranks):
-        raise DataError(f"`ranks` must be numbers, 1 for the best, found {ranks}")
+    if len(ranks) > MOST_REPLIES:
+        raise DataError(f"`{name}` has {len(replies)} replies; rank {MOST_REPLIES} at most")
+    # A rank that is not itself is not a number; math.isnan would refuse whole numbers of hundreds of digits.
+    if any(isinstance(rank, bool) or not isinstance(rank, int | float) or rank != rank for rank in ranks):
+        raise DataError(f"`ranks` must be numbers, 1 for the best, found {shortened(ranks)}")
     if _has(row, "margin"):
         raise DataError("`margin` belongs to one pair, so a ranking cannot have it: remove the column")
     named = {f"{name}[{number}]": reply for number, reply in enumerate(replies)}
@@ -328,12 +336,10 @@ def parse_transcript(text: str) -> list[Message]:
     """
     parts = _TURN.split(text)[1:]
     messages: list[Message] = []
-    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
-        role, content = _ROLES[speaker], content.strip()
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] = f"{messages[-1]['content']}\n\n{content}".strip()
-        else:
-            messages.append({"role": role, "content": content})
+    for speaker, turns in itertools.groupby(zip(parts[::2], parts[1::2], strict=True), key=lambda turn: turn[0]):
+        contents = (content.strip() for _, content in turns)
+        # One join: text that is put together turn by turn is copied once for each.
+        messages.append({"role": _ROLES[speaker], "content": "\n\n".join(filter(None, contents))})
     if messages[-1] == {"role": "assistant", "content": ""}:
         messages.pop()
     return messages
@@ -395,10 +401,10 @@ def _number(data: dict[str, Any], name: str, default: float) -> float:
     value = data.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"`{name}` must be a finite number, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise DataError(f"`{name}` must be a finite number, found {shortened(repr(value))}")
     if name == "weight" and value < 0:
-        raise DataError(f"`weight` must not be negative, found {value!r}")
+        raise DataError(f"`weight` must not be negative, found {shortened(repr(value))}")
     return float(value)
 
 
@@ -410,7 +416,9 @@ def _check_prompt_end(messages: list[Message]) -> None:
 def _check_reply(messages: list[Message], name: str) -> None:
     if not messages or messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant":
         roles = [message["role"] for message in messages]
-        raise DataError(f"`{name}` must begin and end in an assistant message after the prompt, found roles {roles}")
+        raise DataError(
+            f"`{name}` must begin and end in an assistant message after the prompt, found roles {shortened(roles)}"
+        )
     if not messages[-1]["content"].strip():
         raise DataError(f"`{name}` is empty")
 
@@ -427,6 +435,6 @@ def _kind(value: Any) -> str:
 
 def _unknown(row: Row, what: str, formats: str) -> DataError:
     return DataError(
-        f"no {what} in columns {', '.join(map(str, row.data)) or '(none)'}: it needs {formats}; name columns "
+        f"no {what} in columns {shortened(', '.join(row.data), 500) or '(none)'}: it needs {formats}; name columns "
         "that are called otherwise in `data.columns`"
     )

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_ray.errors import CheckpointError
+from rlhf_ray.errors import CheckpointError, shortened
 
 
 class EpochOrder:
@@ -81,12 +81,17 @@ class EpochOrder:
         for name, own in (("num_items", self._num_items), ("seed", self._seed)):
             if state[name] != own:
                 raise CheckpointError(
-                    f"the saved data order has {name} {state[name]} and this run has {own}, so the items "
-                    "visited so far are not the same: resume with the data and seed that the checkpoint was "
+                    f"the saved data order has {name} {shortened(repr(state[name]))} and this run has {own}, so the "
+                    "items visited so far are not the same: resume with the data and seed that the checkpoint was "
                     "made with"
                 )
-        self._epoch = int(state["epoch"])
-        self._position = int(state["position"])
+        epoch, position = state["epoch"], state["position"]
+        if not (type(epoch) is type(position) is int and 0 <= epoch < 2**64 and 0 <= position < self._num_items):
+            raise CheckpointError(
+                f"the saved data order is at position {shortened(repr(position))} of epoch {shortened(repr(epoch))}, "
+                f"and an epoch has {self._num_items} items: remove the checkpoint to continue from the one before"
+            )
+        self._epoch, self._position = epoch, position
         self._order = self._permutation()
 
     def _permutation(self) -> np.ndarray:

@@ -2,24 +2,29 @@
 
 A folder `step_000010` is whole or does not exist; what a crash leaves behind starts with a dot and is swept away. The
 manifest is written last and names the size and SHA-256 of every file, so damage shows at resume, where the newest
-whole checkpoint is taken.
+whole checkpoint is taken. A manifest names files below its folder alone: nothing else is read for it, and what is
+removed to make room are folders and links of this folder, never what a link leads to.
 """
 
 import hashlib
 import json
 import logging
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.errors import CheckpointError
+from rlhf_ray.errors import CheckpointError, shortened
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+# Of a manifest or a state, a hundred times what a run of a thousand processes writes.
+LARGEST_JSON_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,17 @@ class Checkpoint:
     folder: Path
     state: dict[str, Any]
 
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Around code that takes over the state: says of this checkpoint what is not there, or is of another type."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise CheckpointError(
+                f"{self.folder / STATE}: not the state that this run needs ({type(error).__name__}: "
+                f"{shortened(error)}); remove the checkpoint {self.folder.name} to continue from the one before"
+            ) from error
+
 
 class CheckpointStore:
     """The checkpoints of one run."""
@@ -38,7 +54,7 @@ class CheckpointStore:
         self._folder = folder
         self._keep = keep
         for leftover in folder.glob(".step_*"):
-            shutil.rmtree(leftover)
+            _remove(leftover)
 
     def write(self, step: int, state: dict[str, Any], save: Callable[[Path], None]) -> Path:
         """Write the checkpoint of `step`; older ones beyond the number to keep are removed after it is complete.
@@ -52,7 +68,7 @@ class CheckpointStore:
         """
         target = self._folder / f"step_{step:06d}"
         work = self._folder / f".{target.name}"
-        shutil.rmtree(work, ignore_errors=True)
+        _remove(work)
         work.mkdir(parents=True)
         save(work)
         (work / STATE).write_text(json.dumps(state))
@@ -60,12 +76,12 @@ class CheckpointStore:
         manifest = {str(path.relative_to(work)): [path.stat().st_size, _sha256(path)] for path in files}
         (work / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1))
         if target.exists():  # the same step again, after a fall back to an older checkpoint
-            shutil.rmtree(target)
+            _remove(target)
         work.rename(target)
         folders = self._folders()
         newest = folders.index(target)
         for superfluous in folders[:newest] + folders[newest + self._keep :]:
-            shutil.rmtree(superfluous)
+            _remove(superfluous)
         return target
 
     def latest(self) -> Checkpoint | None:
@@ -76,11 +92,11 @@ class CheckpointStore:
         """
         problems = []
         for folder in self._folders():
-            problem = damage(folder)
-            if problem is None:
-                return Checkpoint(_step(folder), folder, json.loads((folder / STATE).read_text()))
-            logger.warning("checkpoint %s is damaged (%s); falling back to the one before", folder, problem)
-            problems.append(f"{folder.name}: {problem}")
+            try:
+                return Checkpoint(step_of(folder), folder, _state_of_whole(folder))
+            except CheckpointError as error:
+                logger.warning("checkpoint %s is damaged (%s); falling back to the one before", folder, error)
+                problems.append(f"{folder.name}: {error}")
         if problems:
             raise CheckpointError(
                 f"every checkpoint in {self._folder} is damaged:\n"
@@ -91,31 +107,87 @@ class CheckpointStore:
 
     def _folders(self) -> list[Path]:
         """Newest first."""
-        return sorted(self._folder.glob("step_*"), key=_step, reverse=True)
+        return checkpoint_folders(self._folder)[::-1]
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first; files, and folders of other names, are none."""
+    found = (path for path in folder.glob("step_*") if re.fullmatch("step_[0-9]{6,18}", path.name) and path.is_dir())
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, in words; None if it is whole."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
-        if manifest["step"] != _step(folder) or STATE not in files:
-            return "its manifest is not that of this folder"
-        for name, (size, checksum) in files.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes instead of {size}"
-            if _sha256(path) != checksum:
-                return f"{name} differs from its checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its manifest cannot be read ({type(error).__name__}: {error})"
+        _state_of_whole(folder)
+    except CheckpointError as error:
+        return str(error)
     return None
 
 
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
+def _state_of_whole(folder: Path) -> dict[str, Any]:
+    """The driver's state in a checkpoint whose files are all there and unchanged.
+
+    Raises:
+        CheckpointError: what is wrong with it.
+    """
+    manifest = _read_object(folder / MANIFEST, "manifest")
+    files = manifest.get("files")
+    if manifest.get("step") != step_of(folder) or not isinstance(files, dict) or STATE not in files:
+        raise CheckpointError("its manifest is not that of this folder")
+    try:
+        for name, about in files.items():
+            _check_file(folder, name, about)
+    except (OSError, ValueError, RuntimeError) as error:  # names that no file can have, links in a circle
+        raise CheckpointError(f"a file of its manifest cannot be read ({shortened(error)})") from error
+    return _read_object(folder / STATE, "state")
+
+
+def _check_file(folder: Path, name: str, about: Any) -> None:
+    """Compares one file with what the manifest says about it: its size and SHA-256."""
+    told = shortened(name) or "the file without a name"
+    if not isinstance(about, list) or [type(value) for value in about] != [int, str]:
+        raise CheckpointError(f"its manifest has no size and checksum for {told}")
+    size, checksum = about
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"its manifest names {told}, which is outside of the checkpoint")
+    if not path.is_file():
+        raise CheckpointError(f"{told} is missing")
+    if path.stat().st_size != size:
+        raise CheckpointError(f"{told} has {path.stat().st_size} bytes instead of {shortened(size, 30)}")
+    if _sha256(path) != checksum:
+        raise CheckpointError(f"{told} differs from its checksum")
+
+
+def _read_object(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file of bounded size."""
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise CheckpointError(f"its {what} is no file")
+        with path.open("rb") as file:
+            content = file.read(LARGEST_JSON_BYTES + 1)
+        if len(content) > LARGEST_JSON_BYTES:
+            raise CheckpointError(f"its {what} has more than {LARGEST_JSON_BYTES} bytes")
+        found = json.loads(content.decode())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"its {what} cannot be read ({type(error).__name__}: {shortened(error)})") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"its {what} is no JSON object, but {type(found).__name__}")
+    return found
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder with all below, a file, or a link, of which what it leads to stays."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
 
 
 def _sha256(path: Path) -> str:

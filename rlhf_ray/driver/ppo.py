@@ -224,12 +224,13 @@ class PPOLoop:
         for pending in loading:
             pending.result()
         state = checkpoint.state
-        self.rollouts.order.load_state_dict(state["order"])
-        if self.ptx_order:
-            self.ptx_order.load_state_dict(state["ptx_order"])
-        self.kl.load_state_dict(state["kl"])
-        self.normalizer.load_state_dict(state["normalizer"])
-        self.version = state["version"]
+        with checkpoint.restoring():
+            self.rollouts.order.load_state_dict(state["order"])
+            if self.ptx_order:
+                self.ptx_order.load_state_dict(state["ptx_order"])
+            self.kl.load_state_dict(state["kl"])
+            self.normalizer.load_state_dict(state["normalizer"])
+            self.version = state["version"]
 
 
 def _named(metrics: dict[str, float], group: str) -> dict[str, float]:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.load import load_any
-from rlhf_ray.driver.checkpoint import STATE, damage
+from rlhf_ray.driver.checkpoint import STATE, checkpoint_folders, damage, step_of
 from rlhf_ray.errors import StageError
 from rlhf_ray.tracking.rundir import metric_rows
 
@@ -51,7 +51,7 @@ def verify(run_dir: Path) -> list[Finding]:
         raise StageError(f"{run_dir} holds no run (no config.yaml); name the directory of a run")
     config = load_any(run_dir / "config.yaml", [])
     # Before the metrics, which a run under way writes first.
-    checkpoints = sorted((run_dir / "checkpoints").glob("step_*"))
+    checkpoints = checkpoint_folders(run_dir / "checkpoints")
     rows = [row for _, row in metric_rows(run_dir / "metrics.jsonl")]
     damages = {folder: damage(folder) for folder in checkpoints}
     findings = [_metrics(rows), *_checkpoints(damages, len(rows))]
@@ -80,7 +80,7 @@ def _metrics(rows: list[dict[str, Any]]) -> Finding:
 
 def _checkpoints(damages: dict[Path, str | None], steps: int) -> Iterator[Finding]:
     for folder, problem in damages.items():
-        step = int(folder.name.removeprefix("step_"))
+        step = step_of(folder)
         if problem is not None and not folder.exists():
             continue  # an old one, that the run removed meanwhile
         if problem is None and step > steps:

@@ -15,7 +15,7 @@ from pathspec import GitIgnoreSpec
 from pydantic import BaseModel
 
 from rlhf_ray.errors import ConfigError, PackageError
-from rlhf_ray.names import looks_local
+from rlhf_ray.names import expanded, looks_local
 
 # The cluster's dashboard takes no larger request. Ray's limit on one message, 512 MiB, is above it.
 UPLOAD_LIMIT_BYTES = 100 * 2**20
@@ -124,7 +124,7 @@ def check_config(config: BaseModel, files: Sequence[PackedFile]) -> None:
     problems += [
         f"{key}: found {name!r}, which is not in the upload; name an absolute path on the cluster's shared file system"
         for key, name in _named_paths(values)
-        if not Path(name).expanduser().is_absolute()
+        if not expanded(name).is_absolute()
         and (looks_local(name) or Path(name).exists())
         and posixpath.normpath(name) not in uploaded
     ]

@@ -13,6 +13,7 @@ import yaml
 
 from rlhf_ray.config.sections import ScratchSection
 from rlhf_ray.errors import ModelError
+from rlhf_ray.names import expanded
 
 KNOWN_SHAPES = Path(__file__).with_name("known_shapes.yaml")
 
@@ -111,7 +112,7 @@ def find_shape(name: str) -> ModelShape | None:
     Raises:
         ModelError: the folder's `config.json` cannot be read.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     values: Any = None
     if folder.is_dir():
         values = _read(folder / "config.json")

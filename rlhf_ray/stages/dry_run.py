@@ -33,7 +33,7 @@ from rlhf_ray.models.loading import (
     load_config,
     load_tokenizer,
 )
-from rlhf_ray.names import is_hub_name, model_folder
+from rlhf_ray.names import expanded, is_hub_name, model_folder
 from rlhf_ray.placement.plan import describe, make_plan, shortfalls
 from rlhf_ray.rollout.offline import Sampling
 from rlhf_ray.scoring.actors import import_function
@@ -245,7 +245,7 @@ def _data_set(
 
 def _bytes(name: str) -> int:
     """Size of a data file or of the data files in a folder; 0 for what does not exist, which reading will say."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     files = [path] if path.is_file() else [file for end in FOLDER_SUFFIXES for file in path.glob(f"*{end}")]
     return sum(file.stat().st_size for file in files)
 

@@ -104,8 +104,9 @@ def fit(
     total_examples = len(examples) * epochs
     total_steps = num_steps(len(examples), epochs, batch_size)
     order = EpochOrder(len(examples), config.run.seed)
-    if "order" in run.state:
-        order.load_state_dict(run.state["order"])
+    if run.checkpoint and "order" in run.state:
+        with run.checkpoint.restoring():
+            order.load_state_dict(run.state["order"])
     for step in run.begin(total_steps, shown):
         started = time.monotonic()
         sequences, group = examples.take(order.next(min(batch_size, total_examples - step * batch_size)))

@@ -1,9 +1,12 @@
 """Checkpoints on disk: whole or not there, and what is left after damage."""
 
+import hashlib
 import json
+import os
 
 import pytest
 
+from rlhf_ray.data.ordering import EpochOrder
 from rlhf_ray.driver.checkpoint import CheckpointStore, damage
 from rlhf_ray.errors import CheckpointError
 
@@ -96,6 +99,62 @@ def empty_manifest(folder):
     (folder / "manifest.json").write_text('{"step": 3, "files": {}}')
 
 
+def nest_manifest(folder):
+    (folder / "manifest.json").write_text("[" * 100_000)
+
+
+def large_manifest(folder):
+    with (folder / "manifest.json").open("a") as manifest:
+        manifest.truncate(17 * 2**20)
+
+
+def list_manifest(folder):
+    (folder / "manifest.json").write_text("[]")
+
+
+def pipe_manifest(folder):
+    (folder / "manifest.json").unlink()
+    os.mkfifo(folder / "manifest.json")
+
+
+def name_in_manifest(name, content=b"secret"):
+    """Names one more file in the manifest, with the size and checksum of `outside.txt`, as the other names have."""
+
+    def spoil(folder):
+        (folder.parent.parent / "outside.txt").write_bytes(content)
+        (folder / "link").symlink_to(folder.parent.parent / "outside.txt")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"][name(folder)] = [len(content), hashlib.sha256(content).hexdigest()]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return spoil
+
+
+def no_checksum(folder):
+    change_manifest(folder, lambda manifest: manifest["files"].update({"state.json": [16]}))
+
+
+def files_as_list(folder):
+    change_manifest(folder, lambda manifest: manifest.update(files=["state.json"]))
+
+
+def change_manifest(folder, change):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def sealed_state(content):
+    """A state that is not as it was written, with its right size and checksum."""
+
+    def spoil(folder):
+        (folder / "state.json").write_bytes(content)
+        about = [len(content), hashlib.sha256(content).hexdigest()]
+        change_manifest(folder, lambda manifest: manifest["files"].update({"state.json": about}))
+
+    return spoil
+
+
 DAMAGES = {
     flip: "trainer/weights.bin differs from its checksum",
     truncate: "trainer/weights.bin has 999 bytes instead of 1000",
@@ -106,6 +165,78 @@ DAMAGES = {
     change_step: "its manifest is not that of this folder",
     empty_manifest: "its manifest is not that of this folder",
 }
+
+
+# Faults that fuzzing found
+DAMAGES |= {
+    nest_manifest: "its manifest cannot be read (RecursionError: maximum recursion depth exceeded",
+    large_manifest: "its manifest has more than 16777216 bytes",
+    list_manifest: "its manifest is no JSON object, but list",
+    pipe_manifest: "its manifest is no file",
+    no_checksum: "its manifest has no size and checksum for state.json",
+    files_as_list: "its manifest is not that of this folder",
+    sealed_state(b'{"position": NaN'): "its state cannot be read (JSONDecodeError: Expecting ',' delimiter",
+    sealed_state(b"[" * 100_000): "its state cannot be read (RecursionError: maximum recursion depth exceeded",
+    sealed_state(b"30"): "its state is no JSON object, but int",
+}
+OUTSIDE = {
+    "up": lambda folder: "../../outside.txt",
+    "through a folder": lambda folder: "trainer/../../../outside.txt",
+    "absolute": lambda folder: str(folder.parent.parent / "outside.txt"),
+    "link": lambda folder: "link",
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE.values(), ids=OUTSIDE)
+def test_a_manifest_that_names_a_file_outside_is_refused(tmp_path, name):
+    folder = tmp_path / "checkpoints"
+    write(CheckpointStore(folder, keep=3), 3)
+    name_in_manifest(name)(folder / "step_000003")
+    told = f"its manifest names {name(folder / 'step_000003')}, which is outside of the checkpoint"
+    assert damage(folder / "step_000003") == told
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "\ud800"], ids=["nul", "long", "surrogate"])
+def test_a_manifest_with_names_that_no_file_can_have_is_refused(tmp_path, name):
+    write(CheckpointStore(tmp_path, keep=3), 3)
+    change_manifest(tmp_path / "step_000003", lambda manifest: manifest["files"].update({name: [1, "0"]}))
+    assert damage(tmp_path / "step_000003").startswith("a file of its manifest cannot be read (")
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path):
+    (tmp_path / "step_last").mkdir()
+    (tmp_path / "step_1_0").mkdir()
+    (tmp_path / "step_000009").write_text("a file")
+    store = CheckpointStore(tmp_path, keep=1)
+    for step in (1, 2):
+        write(store, step)
+    assert store.latest().step == 2
+    assert names(tmp_path) == ["step_000002", "step_000009", "step_1_0", "step_last"]
+
+
+def test_removing_a_link_leaves_what_it_leads_to(tmp_path):
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    store = CheckpointStore(folder, keep=1)
+    write(store, 1)
+    (folder / "step_000001").rename(elsewhere)
+    for name in ("step_000001", ".step_000005"):
+        (folder / name).symlink_to(elsewhere)
+    store = CheckpointStore(folder, keep=1)
+    write(store, 2)
+    assert names(folder) == ["step_000002"]
+    assert names(elsewhere) == ["manifest.json", "state.json", "trainer"]
+
+
+def test_a_state_that_lacks_something_names_its_checkpoint(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1)
+    write(store, 1)
+    found = store.latest()
+    with pytest.raises(CheckpointError) as error, found.restoring():
+        EpochOrder(10, seed=0).load_state_dict(found.state["order"])
+    assert str(error.value) == (
+        f"{tmp_path}/step_000001/state.json: not the state that this run needs (KeyError: 'order'); remove the "
+        "checkpoint step_000001 to continue from the one before"
+    )
 
 
 @pytest.mark.parametrize("spoil", DAMAGES, ids=lambda spoil: spoil.__name__)

@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 from typing import cast
@@ -346,3 +347,93 @@ def test_all_problems_are_told_at_once_with_the_file(tmp_path):
 )
 def test_an_unknown_key_comes_with_the_nearest_valid_one(kind, key, suggestion):
     assert problem(kind, f"{key}=1") == f"{key}: unknown key; {suggestion}"
+
+
+# Faults that fuzzing found
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("!!timestamp 2001-99-99", "could not determine a constructor for the tag 'tag:yaml.org,2002:timestamp'"),
+        ("!!binary x", "could not determine a constructor for the tag 'tag:yaml.org,2002:binary'"),
+        ("!!int x", "'x' is no int"),
+        ("!!int", "'' is no int"),
+        ("!!float x", "'x' is no float"),
+        ("!!bool x", "'x' is no bool"),
+        ("9223372036854775808", "9223372036854775808 is no number of 64 bits; make it smaller"),
+        ("9" * 5000, f"{'9' * 30}... is no number of 64 bits; make it smaller"),
+        ('"\\U00110000"', "a value that is none (chr() arg not in range(0x110000))"),
+        ('"\\0"', "a NUL character, which no name or path can have"),
+        ('"\\uD800"', "an unpaired surrogate escape, which is no character"),
+        ("&a [*a]", "an alias of what it stands in, which has no end"),
+        ("[" * 60 + "]" * 60, "nested deeper than 50 levels"),
+        (f"[{'&a [x, x, x], ' + '*a, ' * 33_000}]", "more than 100000 values, with those that aliases repeat"),
+        ("x" * 300_000, "300000 characters; at most 262144 are read"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_values_that_no_key_can_hold_are_refused_in_words(text, reason, tmp_path):
+    assert problem("sft", f"data.path={text}").endswith(f": the value is not valid YAML: {reason}")
+    path = tmp_path / "a.yaml"
+    path.write_text(f"data:\n  path: {text}\n")
+    with pytest.raises(ConfigError, match=re.escape(reason) if len(text) < 200_000 else "more than 262144 characters"):
+        load_config(path, [], "sft")
+
+
+def test_json_is_yaml_also_where_it_escapes_characters_beyond_16_bits(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(json.dumps(SFT | {"run": {"dir": "runs/\U0001f600"}}))
+    assert load_config(path, [], "sft").run.dir == "runs/\U0001f600"
+
+
+def test_numbers_whose_product_is_beyond_all_bounds_are_refused():
+    assert problem("sft", "group.gpus=1e308", f"group.processes={2**63 - 1}") == (
+        "holds a number too large to reckon with (cannot convert float infinity to integer); make it smaller"
+    )
+
+
+def test_whole_numbers_from_python_have_64_bits_too():
+    with pytest.raises(ConfigError, match=r"^configuration: run\.seed: 0x8000000000000000 is no number of 64 bits"):
+        from_dict(SFT | {"run": {"dir": "runs/x", "seed": 2**63}}, "sft")
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("reward.models.\u00b2.path", "reward.models is a list of 1, so it has no \u00b2; the next index is 1"),
+        ("reward.models.\u0663.path", "reward.models is a list of 1, so it has no \u0663; the next index is 1"),
+        (f"reward.models.{'9' * 5000}.path", f"reward.models is a list of 1, so it has no {'9' * 200}...; the next"),
+        ("data.path" + ".0" * 60, "found 62 parts in its key, expected 50 at most"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_overrides_of_keys_that_count_in_no_list_are_refused(key, reason):
+    assert reason in problem("ppo", f"{key}=x")
+
+
+def test_only_the_first_of_very_many_problems_are_told():
+    message = problem("sft", *(f"sft.key{i}=1" for i in range(1000)))
+    assert message.startswith("1000 problems:\n  sft.key0: unknown key; ")
+    assert message.endswith("\n  and 970 more")
+    assert len(message.splitlines()) == 32
+
+
+def test_names_of_any_length_are_shortened_in_messages():
+    assert problem("sft", f"sft.{'x' * 5000}=1").startswith(
+        f"sft.{'x' * 96}...: unknown key; the keys here are learning_rate, "
+    )
+
+
+@pytest.mark.parametrize("value", [["\ud800"], [[]]], ids=["surrogate", "endless"])
+def test_values_from_python_that_cannot_be_shown_are_refused(value):
+    if value == [[]]:
+        value[0] = value
+    with pytest.raises(ConfigError, match="a value of type list that cannot be shown"):
+        from_dict(SFT | {"run": {"dir": value}}, "sft")
+
+
+@pytest.mark.parametrize(("path", "reason"), [("a\0b", "embedded null byte"), ("/dev/zero", "more than 262144 char")])
+def test_files_that_are_no_configuration_are_refused(path, reason):
+    with pytest.raises(ConfigError, match=reason):
+        load_config(path, [], "sft")

@@ -331,3 +331,44 @@ def test_uids_are_unique_for_equal_prompts_and_the_same_in_the_next_run():
     assert len({item.uid for item in first}) == 3
     assert [item.uid for item in first] == [item.uid for item in again]
     assert first[0].uid == "11f1b0c1d4fd6bd0"
+
+
+# Faults that fuzzing found
+
+
+@pytest.mark.parametrize("name", ["weight", "margin"])
+def test_numbers_that_no_float_can_hold_are_malformed(name):
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", name: 10**400}
+    with pytest.raises(DataError, match=rf"^f\.jsonl:1: `{name}` must be a finite number, found 10*\.\.\.\. Correct"):
+        parse_preferences(rows(pair))
+
+
+def test_ranks_of_hundreds_of_digits_are_numbers():
+    pairs, _ = parse_preferences(rows({"prompt": "p", "completions": ["a", "b"], "ranks": [10**400, 1]}))
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("b", "a")]
+
+
+@pytest.mark.parametrize("rank", [float("nan"), "1", True, None])
+def test_ranks_that_are_no_numbers_are_malformed(rank):
+    with pytest.raises(DataError, match="`ranks` must be numbers, 1 for the best, found"):
+        parse_preferences(rows({"prompt": "p", "completions": ["a", "b"], "ranks": [rank, 1]}))
+
+
+def test_ranking_of_very_many_replies_is_malformed():
+    def ranking(n):
+        return {"prompt": "p", "completions": [f"r{i}" for i in range(n)], "ranks": [i // (n - 1) for i in range(n)]}
+
+    assert len(parse_preferences(rows(ranking(256)))[0]) == 255
+    with pytest.raises(DataError, match="`completions` has 257 replies; rank 256 at most"):
+        parse_preferences(rows(ranking(257)))
+
+
+def test_many_turns_of_one_speaker_take_no_time_each_for_all_before():
+    messages = parse_transcript("\n\nHuman: x" * 100_000 + "\n\nHuman:\n\nAssistant: a\n\nAssistant:\n\nAssistant: b")
+    assert messages == [user("\n\n".join("x" * 100_000)), assistant("a\n\nb")]
+
+
+def test_message_about_very_many_columns_names_some():
+    with pytest.raises(DataError) as caught:
+        parse_prompts(rows({f"column{i}": 1 for i in range(10_000)}))
+    assert len(str(caught.value)) < 1000

@@ -78,3 +78,13 @@ def test_arguments_out_of_range_are_refused():
         EpochOrder(1, -1)
     with pytest.raises(ValueError, match="n must be at least 1"):
         EpochOrder(1, 0).next(0)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "position"), [(0, 10), (0, -1), (-1, 0), (2**64, 0), (0, 1.0), (True, 0), (None, 0), (0, "1")]
+)
+def test_position_that_no_epoch_has_is_refused(epoch, position):
+    """One beyond the end, that fuzzing found, was looked for without end."""
+    order = EpochOrder(10, 0)
+    with pytest.raises(CheckpointError, match=f"is at position {position!r} of epoch {epoch!r}, and an epoch has 10"):
+        order.load_state_dict({"num_items": 10, "seed": 0, "epoch": epoch, "position": position})

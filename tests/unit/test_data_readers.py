@@ -1,6 +1,7 @@
 """Reading rows: every format, every way in which a file can be wrong, and where it is wrong."""
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_ray.data import readers
 from rlhf_ray.data.readers import Row, read_rows
-from rlhf_ray.errors import DataError
+from rlhf_ray.errors import ConfigError, DataError
 
 
 def write(path, *lines):
@@ -200,3 +202,97 @@ def test_random_bytes_give_rows_or_a_data_error(content, mode):
         lines = sum(bool(line.strip()) for line in content.split(b"\n"))
         assert len(rows) + len(rows.skipped) == lines
         json.dumps([row.data for row in rows], ensure_ascii=False).encode()
+
+
+# Faults that fuzzing found
+
+
+def parquet_bytes(path, table, *changes, **options):
+    """Writes a table as a Parquet file in which some bytes are others."""
+    pyarrow.parquet.write_table(table, path, compression="none", use_dictionary=False, store_schema=False, **options)
+    content = path.read_bytes()
+    for old, new in changes:
+        assert old in content and len(old) == len(new)
+        content = content.replace(old, new)
+    path.write_bytes(content)
+    return str(path)
+
+
+def test_parquet_row_that_is_not_utf8_is_malformed_and_the_others_are_read(tmp_path):
+    table = pyarrow.table({"text": ["one", "two", "six"]})
+    path = parquet_bytes(tmp_path / "a.parquet", table, (b"two", b"t\xe1o"), write_statistics=False)
+    with pytest.raises(DataError, match=r"a\.parquet:2: cannot be read: 'utf-8' codec can't decode byte 0xe1"):
+        read_rows(path)
+    rows = read_rows(path, on_malformed="skip")
+    assert rows == [Row({"text": "one"}, f"{path}:1"), Row({"text": "six"}, f"{path}:3")]
+    assert len(rows.skipped) == 1
+
+
+def test_parquet_column_name_that_is_not_utf8_is_an_error_that_names_the_file(tmp_path):
+    path = parquet_bytes(tmp_path / "a.parquet", pyarrow.table({"text": ["one"]}), (b"text", b"\xf4ext"))
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read: 'utf-8' codec can't decode byte 0xf4"):
+        read_rows(path)
+
+
+def test_parquet_with_damaged_column_metadata_does_not_end_the_process(tmp_path):
+    """A column repeats where it did not, so that its statistics have the wrong number of levels."""
+    table = pyarrow.Table.from_pylist([{"messages": [{"role": "user", "content": "Hi"}]}])
+    path = parquet_bytes(tmp_path / "a.parquet", table, (b"%\x02\x18\x04role", b"%\x08\x18\x04role"))
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read: Definition level histogram size mismatch"):
+        read_rows(path)
+
+
+def test_parquet_that_unpacks_out_of_proportion_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "UNPACKED_BYTES", 100 * readers.ROW_BYTES)
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"n": pyarrow.repeat(1, 1_000_000)}), path)
+    size = path.stat().st_size
+    with pytest.raises(DataError, match=rf"a\.parquet: unpacks to 1000000 rows, which is out of .* the {size} bytes"):
+        read_rows(str(path))
+
+
+def test_line_that_is_too_long_is_malformed_and_the_next_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST_LINE_BYTES", 20)
+    path = write(tmp_path / "a.jsonl", '{"n": 1}', json.dumps({"n": "x" * 50}), '{"n": 2}', '{"n": "1234567890"}')
+    rows = read_rows(path, on_malformed="skip")
+    assert rows == [Row({"n": 1}, f"{path}:1"), Row({"n": 2}, f"{path}:3"), Row({"n": "1234567890"}, f"{path}:4")]
+    assert rows.skipped == [f"{path}:2: longer than 20 bytes; a line holds one row"]
+
+
+def test_json_file_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LARGEST_JSON_BYTES", 10)
+    with pytest.raises(DataError, match=r"this one has more than 10 bytes; convert it to JSON Lines"):
+        read_rows(write(tmp_path / "a.json", '[{"a": 1}, {"a": 2}]'))
+
+
+@pytest.mark.parametrize(("levels", "reason"), [(100, None), (101, "nested deeper than 100 levels")])
+def test_row_that_is_nested_too_deep_is_malformed(tmp_path, levels, reason):
+    path = write(tmp_path / "a.jsonl", '{"a":' * levels + "1" + "}" * levels, '{"a": 1}')
+    rows = read_rows(path, on_malformed="skip")
+    assert (len(rows), rows.skipped) == ((2, []) if reason is None else (1, [f"{path}:1: {reason}"]))
+
+
+def test_mapped_column_that_no_row_has_names_some_of_very_many(tmp_path):
+    path = write(tmp_path / "a.jsonl", json.dumps({f"column{i}": 1 for i in range(10_000)}))
+    with pytest.raises(DataError, match=r"columns found: column0, .*\.\.\.$") as caught:
+        read_rows(path, columns={"prompt": "query"})
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("x" * 300 + ".jsonl", "File name too long"),
+        ("x" * 300, "File name too long"),
+        ("~no-such-user/a.jsonl", "Could not determine home directory"),
+    ],
+)
+def test_path_that_no_file_can_have_is_an_error(path, reason):
+    with pytest.raises(ConfigError, match=rf"names no file or folder that can be looked up \(.*{reason}"):
+        read_rows(path)
+
+
+def test_pipe_is_refused_rather_than_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"a\.jsonl is a pipe or a device: copy what it gives into a file"):
+        read_rows(str(tmp_path / "a.jsonl"))

@@ -5,6 +5,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlhf_ray.cli import main
 from rlhf_ray.config import from_dict, load_config
@@ -273,3 +275,18 @@ def test_weights_are_refused_before_anything_is_called(folder, submit):
     code, out, err = submit("some.yaml")
     assert (code, out) == (2, "")
     assert "model.pt (weights" in err
+
+
+@given(st.lists(st.sampled_from(["..", ".", "data", "demos.jsonl", "~", "rewards", "outside.jsonl"]), min_size=1))
+def test_paths_of_a_job_lead_nowhere_outside_of_its_folder(parts):
+    """Whatever a relative path goes through, it ends at a file or folder of the upload."""
+    files = [PackedFile("data/demos.jsonl", 3), PackedFile("rewards/brevity.py", 5)]
+    name = "./" + "/".join(parts)
+    config = from_dict(PPO | {"data": {"path": name, "max_tokens": 32}}, "ppo")
+    inside = os.path.normpath(name) in ("data", "data/demos.jsonl", "rewards", "rewards/brevity.py")
+    try:
+        check_config(config, files)
+    except ConfigError as error:
+        assert not inside and str(error).startswith(f"data.path: found {name!r}, which is not in the upload")
+    else:
+        assert inside
