@@ -44,7 +44,7 @@ def plan(
         from rlhf_ray.placement.groups import inventory as ask
         from rlhf_ray.runtime.cluster import connection
 
-        with connection(address):
+        with connection(address, "--address"):
             nodes = ask()
     else:
         nodes = this_machine()

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.exceptions import RayError
 
-from rlhf_ray.errors import ResourceError
+from rlhf_ray.runtime.reach import check_reachable, explained
 
 logger = logging.getLogger(__name__)
 
@@ -17,42 +18,48 @@ LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 
 
 @contextmanager
-def connection(address: str | None = None) -> Iterator[None]:
+def connection(address: str | None = None, asked: str = "run.ray_address") -> Iterator[None]:
     """Be connected to Ray inside the block; whatever this call started is stopped at its end.
 
     Args:
         address: a running cluster ("auto" or "ray://..."); None takes `RAY_ADDRESS` (set inside a submitted job) or,
             without one, starts Ray on this machine for the length of the block.
+        asked: what gave the address, for errors.
 
     Raises:
-        ResourceError: no cluster answers at the address.
+        ResourceError: no cluster answers at the address, it refuses this process, or has other versions.
     """
     if ray.is_initialized():
         yield
         return
-    try:
-        if address or os.environ.get("RAY_ADDRESS"):
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        else:
-            ray.init(
-                "local",  # a cluster that `ray start` left on this machine would be joined otherwise
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-                # Actors have an environment of their own, so that none would be one of the workers (one a core) that
-                # Ray starts beforehand.
-                _system_config={"prestart_worker_first_driver": False},
-            )
-    except ConnectionError as error:
-        raise ResourceError(
-            f"run.ray_address: no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS')!r} ({error}). "
-            "Start one with `ray start --head`, or leave the address out to run on this machine"
-        ) from None
+    if not address and os.environ.get("RAY_ADDRESS"):
+        address, asked = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
+    if address:
+        _join(address, asked)
+    else:
+        ray.init(
+            "local",  # a cluster that `ray start` left on this machine would be joined otherwise
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            # Actors have an environment of their own, so that none would be one of the workers (one a core) that
+            # Ray starts beforehand.
+            _system_config={"prestart_worker_first_driver": False},
+        )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str, asked: str) -> None:
+    check_reachable(address, asked)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except (OSError, RayError, RuntimeError, ValueError) as error:
+        ray.shutdown()  # of what was connected before the failure
+        raise explained(error, address, asked) from None
 
 
 def _import_path() -> list[str]:

@@ -41,10 +41,11 @@ def free_port() -> int:
 class Cluster:
     """The address of a cluster, and its users' command line in a folder of theirs."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], address: str):
+    def __init__(self, folder: Path, environment: dict[str, str], address: str, head: str):
         self.folder = folder
         self.environment = environment
         self.address = address
+        self.head = head  # what drivers connect to; `address` is the dashboard's
         self.started: list[subprocess.Popen] = []
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
@@ -93,11 +94,11 @@ def cluster(tmp_path_factory):
         "RAY_AUTH_TOKEN": TOKEN,
     }
     environment["RAY_USAGE_STATS_ENABLED"] = "0"
-    dashboard, agent = free_port(), free_port()
+    dashboard, agent, gcs = free_port(), free_port(), free_port()
     # Not pytest's folder: the paths of Ray's sockets may have about a hundred characters.
     with tempfile.TemporaryDirectory(prefix="jobs", ignore_cleanup_errors=True) as ray_folder, ExitStack() as stack:
         options = {
-            "port": free_port(),
+            "port": gcs,
             "node-ip-address": "127.0.0.1",
             "dashboard-port": dashboard,
             "dashboard-agent-listen-port": agent,
@@ -118,7 +119,7 @@ def cluster(tmp_path_factory):
         )
         stack.callback(end, head.pid)
         wait_for(lambda: accepts(dashboard) and accepts(agent))
-        cluster = Cluster(folder, environment, f"http://127.0.0.1:{dashboard}")
+        cluster = Cluster(folder, environment, f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}")
         yield cluster
         for process in cluster.started:
             process.kill()
@@ -213,6 +214,61 @@ def test_what_the_cluster_refuses_is_one_error(cluster, arguments, environment, 
     assert (code, out) == (1, ""), err
     assert err.startswith("error: "), err
     assert found in err
+
+
+@pytest.mark.parametrize(
+    ("command", "asked"),
+    [
+        (["plan", "sft.yaml", "--address", "{head}"], "--address"),
+        (["doctor", "--address", "{head}"], "--address"),
+        (["sft", "sft.yaml", "run.dir=runs/refused", "run.ray_address={head}"], "run.ray_address"),
+        (["bench", "rollout", "run.ray_address={head}"], "run.ray_address"),
+    ],
+)
+@pytest.mark.parametrize(
+    "environment",
+    [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "another-token"}, {"RAY_AUTH_TOKEN": "", "HOME": "/nowhere"}],
+)
+def test_drivers_that_the_cluster_refuses_get_one_error(cluster, command, asked, environment):
+    process = cluster.start(*(word.format(head=cluster.head) for word in command), **environment)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, ""), err
+    # A run has said before what it read.
+    *_, last = err.splitlines()
+    assert last.startswith(f"error: {asked}: no access to the Ray cluster at '{cluster.head}' ("), err
+    assert "RAY_AUTH_TOKEN" in last
+    assert "Traceback" not in err
+    assert "rpc_client" not in err
+
+
+# Other tests' clusters are on this machine too.
+THIS_CLUSTER = """\
+import sys
+from ray._private import services
+from rlhf_ray.cli import main
+services.get_ray_address_from_environment = lambda address, folder: sys.argv[1]
+main(sys.argv[2:])
+"""
+
+
+def test_a_cluster_found_on_this_machine_gets_the_users_token_and_another_does_not(cluster, tmp_path):
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text(TOKEN)
+    environment = {name: value for name, value in cluster.environment.items() if not name.startswith("RAY_AUTH")}
+    for address, code in (("auto", 0), (cluster.head, 1)):
+        command = [sys.executable, "-c", THIS_CLUSTER, cluster.head, "plan", "sft.yaml", "--address", address]
+        found = subprocess.run(
+            command,
+            cwd=cluster.folder,
+            env=environment | {"HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert found.returncode == code, found.stdout + found.stderr
+        assert ("It fits." in found.stdout) == (code == 0)
+        assert ("no access to" in found.stderr) == (code == 1)
 
 
 def test_a_run_without_an_address_leaves_a_cluster_on_this_machine_alone(cluster):

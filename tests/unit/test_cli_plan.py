@@ -1,4 +1,8 @@
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -69,3 +73,61 @@ def test_wrong_input_is_one_error(run, arguments, message):
     code, _, err = run(*arguments)
     assert code == 2
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_an_inventory_without_gpus_is_one_error_that_says_what_to_change(run, tmp_path):
+    nodes = tmp_path / "nodes.yaml"
+    nodes.write_text("nodes: [{name: cpu, count: 10, cpus: 96, memory_gib: 1500}]\n")
+    code, out, err = run("configs/multi_node.yaml", "--inventory", str(nodes))
+    assert code == 1
+    (problem,) = [line for line in out.splitlines() if line.startswith("problem: ")]
+    assert problem.startswith("problem: GPU: the run needs 80 (policy 32 x 1, rollout 8 x 4, ")
+    assert " and the cluster has 0; set policy.gpus, rollout.gpus, " in problem
+    assert problem.endswith(" to 0 to run on CPU, or add 80 GPU")
+    assert err == "error: configs/multi_node.yaml does not fit: 1 problem, see above\n"
+
+
+# What the process has imported, and the seconds that it computed, whatever else the machine does.
+MEASURED = """
+import sys, time
+from rlhf_ray.cli import main
+try:
+    main(["plan", *sys.argv[1:]])
+finally:
+    print(time.process_time(), *sys.modules, file=sys.stderr)
+"""
+THOUSAND = ["policy.processes=512", "critic.processes=128", "rollout.engines=58"]
+THOUSAND += ["reference.processes=64", "reward.processes=64"]
+
+
+def test_a_plan_for_a_thousand_gpus_takes_seconds_and_neither_ray_nor_torch(tmp_path):
+    nodes = tmp_path / "nodes.yaml"
+    nodes.write_text("nodes: [{name: gpu, count: 125, cpus: 96, gpus: 8, gpu_memory_gib: 180, memory_gib: 1500}]\n")
+    command = [sys.executable, "-c", MEASURED, "configs/multi_node.yaml", "--inventory", str(nodes), "--json"]
+    result = subprocess.run([*command, *THOUSAND], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    (stage,) = json.loads(result.stdout)["stages"]
+    used = [(process["node"], gpu) for process in stage["processes"] for gpu in process["gpus"]]
+    assert len(used) == len(set(used)) == 1000
+    seconds, *imported = result.stderr.split()
+    assert not {"ray", "torch", "numpy", "vllm", "deepspeed", "transformers"} & set(imported)
+    # It takes about one; a layout of quadratic cost would take minutes.
+    assert float(seconds) < 10
+
+
+@pytest.mark.parametrize("mode", ["token", "disabled"])
+def test_an_address_where_nothing_answers_is_one_error(mode, tmp_path):
+    with socket.socket() as holder:
+        holder.bind(("", 0))  # bound and not listening, so that nobody else does
+        address = f"127.0.0.1:{holder.getsockname()[1]}"
+        result = subprocess.run(
+            [sys.executable, "-m", "rlhf_ray", "plan", "configs/smoke_sft.yaml", "--address", address],
+            env=os.environ | {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": "", "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: --address: no Ray cluster answers at '{address}' (")
+    assert "Connection refused" in result.stderr and "`ray start --head`" in result.stderr
+    assert result.stderr.count("\n") == 1
