@@ -51,8 +51,16 @@ def collect(root: Path) -> list[PackedFile]:
         root: the folder.
 
     Raises:
-        PackageError: there are weights, run folders or links to folders among them, or they are too large.
+        PackageError: the folder is that of a run or lies in one, there are weights, run folders or links to folders
+            among them, or they are too large.
     """
+    whole = root.resolve()
+    for folder in (whole, *whole.parents):
+        if _is_run(folder):
+            what = "is a run's directory" if folder == whole else f"lies in a run's directory, {folder}"
+            raise PackageError(
+                f"{whole}: {what}, and a job's upload would hold the run; submit from the folder of your code"
+            )
     found: list[PackedFile] = []
     refused: list[str] = []
     try:
@@ -165,7 +173,7 @@ def _walk(
         path = Path(entry.path)
         if is_folder and entry.is_symlink():
             refused.append(f"{name} (a link to a folder)")
-        elif is_folder and (path / "run.json").is_file() and (path / "checkpoints").is_dir():
+        elif is_folder and _is_run(path):
             refused.append(f"{name} (a run)")
         elif is_folder:
             _walk(root, name + "/", specs, found, refused)
@@ -175,6 +183,11 @@ def _walk(
                 refused.append(f"{name} (weights, {size_text(size)})")
             else:
                 found.append(PackedFile(name, size))
+
+
+def _is_run(folder: Path) -> bool:
+    # Unlike pathlib's, these answer no where a folder above may not be looked into.
+    return os.path.isfile(folder / "run.json") and os.path.isdir(folder / "checkpoints")
 
 
 def _ignore_spec(path: Path, folder: str) -> list[tuple[str, GitIgnoreSpec]]:

@@ -137,6 +137,19 @@ def test_weights_runs_and_links_to_folders_are_named(folder, tmp_path_factory):
     assert names(folder) == [".rayignore", "data/demos.jsonl", "rewards/brevity.py", "some.yaml"]
 
 
+@pytest.mark.parametrize(("below", "what"), [(".", "is a run's directory"), ("logs", "lies in a run's directory, ")])
+def test_a_job_is_not_submitted_from_inside_a_run(folder, submit, monkeypatch, below, what):
+    write("runs/a/run.json")
+    write("runs/a/logs/driver.log")
+    Path("runs/a/checkpoints").mkdir()
+    monkeypatch.chdir(Path("runs/a", below))
+    code, out, err = submit(str(folder / "some.yaml"))
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {Path.cwd()}: {what}")
+    assert str(folder / "runs/a") in err
+    assert err.rstrip().endswith("submit from the folder of your code")
+
+
 def test_of_many_some_are_named_and_the_others_counted(folder):
     for index in range(8):
         write(f"{index}.pt")
