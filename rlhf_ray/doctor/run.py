@@ -1,7 +1,6 @@
 """The examination: probes on every node, led from here. Every wait has a deadline and says which node and check."""
 
 import os
-import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -23,15 +22,15 @@ from rlhf_ray.doctor.verdicts import (
     Line,
     Node,
     judge_driver,
+    judge_gpu_drivers,
     judge_network,
     judge_node,
     judge_placement,
 )
-from rlhf_ray.errors import ResourceError
+from rlhf_ray.placement.groups import inventory
 from rlhf_ray.runtime import interface
 from rlhf_ray.runtime.cluster import actor_environment, connection
 
-CONNECT_TIMEOUT_S = 5.0
 START_TIMEOUT_S = 60.0
 # The probe's checks have a deadline of their own; this one is for a node that does not even say so.
 REPORT_TIMEOUT_S = probe.CHECK_TIMEOUT_S + 10.0
@@ -58,17 +57,12 @@ def examine(address: str | None, needs: Needs | None, say: Callable[[str], None]
         say: is told what is being done.
 
     Raises:
-        ResourceError: no cluster answers at the address, or it runs another version of Ray or Python.
+        ResourceError: no cluster answers at the address, it refuses this user, or it runs another version of Ray or
+            Python.
     """
-    address = address or (needs.ray_address if needs else None)
-    _check_answers(address or os.environ.get("RAY_ADDRESS", ""))
+    asked = "--address" if address else "run.ray_address"
     with ExitStack() as stack:
-        try:
-            stack.enter_context(connection(address))
-        except RuntimeError as error:
-            if "ersion mismatch" not in str(error):
-                raise
-            raise ResourceError(f"{error}\nInstall the same versions on every node and for the driver") from None
+        stack.enter_context(connection(address or (needs.ray_address if needs else None), asked))
         known = dict(_named([node for node in ray.nodes() if node["Alive"]]))
         say(f"examining {len(known)} node{'s' * (len(known) != 1)}")
         for module in (probe, network, interface):
@@ -79,9 +73,10 @@ def examine(address: str | None, needs: Needs | None, say: Callable[[str], None]
         lines = judge_driver(driver)
         share = needs.gpu_share if needs else None
         lines += [line for node in nodes for line in judge_node(node, driver["versions"], share)]
+        lines += judge_gpu_drivers(nodes, used=needs is None or needs.gpus)
         if needs:
-            held = ray.available_resources()
-            lines += [line for stage in needs.plans.items() for line in judge_placement(*stage, held, nodes)]
+            held, places = ray.available_resources(), inventory()
+            lines += [line for stage in needs.plans.items() for line in judge_placement(*stage, held, places)]
         answering = [node for node in nodes if "probe" not in node.report]
         say("measuring the network")
         tested, meetings = _network(answering, known, needs)
@@ -93,20 +88,6 @@ def examine(address: str | None, needs: Needs | None, say: Callable[[str], None]
                 "network": [vars(meeting) for meeting in meetings],
             },
         )
-
-
-def _check_answers(address: str) -> None:
-    """Ray itself takes minutes to give up on an address where nothing listens."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise ResourceError(
-            f"no Ray cluster answers at {address!r} ({error}). Start one with `ray start --head`, open the port, or "
-            "leave the address out to look at this machine"
-        ) from None
 
 
 def _named(nodes: list[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:

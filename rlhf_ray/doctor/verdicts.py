@@ -1,10 +1,12 @@
 """From what the doctor has measured to lines with a verdict and a remedy. Pure: facts in, lines out."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from rlhf_ray.placement.inventory import Node as Place
+from rlhf_ray.placement.layout import crowding, lay_out, misfits
 from rlhf_ray.placement.plan import RESOURCE_KEYS, Plan, shortfalls
 
 Verdict = Literal["ok", "warning", "problem"]
@@ -112,6 +114,31 @@ def judge_node(node: Node, versions: Facts, gpu_share: float | None) -> list[Lin
     if "models" in node.report:
         lines += _models(node.name, node.report["models"])
     return lines
+
+
+def judge_gpu_drivers(nodes: Iterable[Node], used: bool) -> list[Line]:
+    """Whether all nodes with GPUs have the same NVIDIA driver; no line where fewer than two of them say.
+
+    Drivers that support CUDA of one major version run the same programs; of others, perhaps not.
+
+    Args:
+        nodes: all nodes.
+        used: whether the run takes GPUs.
+    """
+    named: dict[str, list[str]] = {}
+    cuda: set[str] = set()
+    for node in nodes:
+        facts = node.report.get("gpu", {})
+        if facts.get("gpus"):
+            named.setdefault(str(facts["NVIDIA driver"]), []).append(node.name)
+            cuda.add(str(facts["CUDA"]).partition(".")[0])
+    if sum(map(len, named.values())) < 2:
+        return []
+    if len(named) == 1:
+        return [Line("NVIDIA driver", "cluster", "ok", f"{next(iter(named))} on every node with GPUs")]
+    found = "; ".join(f"{version} on {', '.join(places)}" for version, places in sorted(named.items()))
+    verdict: Verdict = "problem" if used and len(cuda) > 1 else "warning"
+    return [Line("NVIDIA driver", "cluster", verdict, found, "install the same driver on every node with GPUs")]
 
 
 def judge_driver(report: Mapping[str, Facts]) -> list[Line]:
@@ -367,34 +394,36 @@ def _latency(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms for 8 bytes"
 
 
-def judge_placement(stage: str, plan: Plan, available: Mapping[str, float], nodes: Sequence[Node]) -> list[Line]:
-    """Whether the processes of a stage fit the cluster.
+def judge_placement(stage: str, plan: Plan, available: Mapping[str, float], nodes: list[Place]) -> list[Line]:
+    """Whether the processes of a stage fit the cluster, as `rlhf-ray plan` and the run itself decide it.
 
     Args:
         stage: its name.
         plan: what it asks for.
         available: CPU and GPU that nobody holds now.
-        nodes: all nodes.
+        nodes: all nodes, with their labels.
     """
-    total = {name: sum(node.resources.get(name, 0.0) for node in nodes) for name in RESOURCE_KEYS}
-    lacks = shortfalls(plan, total)
+    total = {name: sum(node.amounts[name] for node in nodes) for name in RESOURCE_KEYS}
+    lacks = shortfalls(plan, total) or misfits(plan, nodes) or crowding(plan, lay_out(plan, nodes))
+    deadline = f"{plan.timeout_s:g} s (placement.timeout_s)"
+    if lacks and plan.autoscaling:
+        waits = f"a run waits up to {deadline} for an autoscaler to add nodes, and fails without; or"
+        return [Line("placement", "cluster", "warning", f"{stage}, now: {f}", f"{waits} {r}") for f, r in _parts(lacks)]
     if lacks:
-        parts = [lack.partition("; ") for lack in lacks]
-        return [Line("placement", "cluster", "problem", f"{stage}: {found}", remedy) for found, _, remedy in parts]
-    lines = []
-    for group, bundles in plan.groups.items():
-        bundle = plan.bundles[bundles[0]]
-        if not any(all(node.resources.get(name, 0.0) >= bundle[name] for name in bundle) for node in nodes):
-            asked = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
-            found = f"{stage}: no node has the {asked} of one process of `{group}`"
-            lines.append(
-                Line("placement", "cluster", "problem", found, f"lower what {group} asks for, or add such a node")
-            )
-    for lack in shortfalls(plan, available):
-        remedy = "see `ray status` for who holds the rest; a run waits for two minutes"
-        lines.append(Line("placement", "cluster", "warning", f"{stage}, now: {lack.partition(';')[0]}", remedy))
+        return [Line("placement", "cluster", "problem", f"{stage}: {f}", r) for f, r in _parts(lacks)]
+    busy = shortfalls(plan, available)
+    if busy:
+        remedy = f"see `ray status` for who holds the rest; a run waits up to {deadline} for it, and fails then"
+        return [Line("placement", "cluster", "warning", f"{stage}, now: {f}", remedy) for f, _ in _parts(busy)]
     needed = ", ".join(f"{plan.needed(name):g} of {amount:g} {name}" for name, amount in total.items())
-    return lines or [Line("placement", "cluster", "ok", f"{stage} takes {needed}")]
+    return [Line("placement", "cluster", "ok", f"{stage} takes {needed}")]
+
+
+def _parts(sentences: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """What was found and what to change, of sentences that say both."""
+    for sentence in sentences:
+        found, _, change = sentence.partition("; ")
+        yield found, change
 
 
 def table(lines: Iterable[Line], nodes: int) -> str:

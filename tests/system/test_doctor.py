@@ -97,6 +97,45 @@ def test_a_run_that_would_fail(cluster, folder):
     assert "set policy.gpus to 0 to run on CPU" in problems[2]["remedy"]
 
 
+def test_a_configuration_that_the_nodes_cannot_hold_in_pieces_is_a_problem_as_for_a_run(cluster, folder):
+    code, out, err = doctor(
+        cluster,
+        "--json",
+        "--config",
+        folder / "ppo.yaml",
+        "rollout.engines=3",
+        "rollout.cpus=0.2",
+        "placement.spread=[rollout]",
+    )
+    assert code == 1, err
+    (problem,) = [line for line in json.loads(out)["lines"] if line["verdict"] == "problem"]
+    assert problem["check"] == "placement"
+    assert "placement.spread puts its 3 bundles on a node each, and 2 nodes can hold one" in problem["found"]
+
+
+OTHER_VERSION = """\
+import sys
+import ray
+from rlhf_ray.cli import main
+ray.__version__ = "2.0.1"
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("command", [["plan", "configs/smoke_sft.yaml"], ["doctor"]])
+def test_a_driver_of_another_version_of_ray_is_one_error(cluster, command):
+    found = subprocess.run(
+        [sys.executable, "-c", OTHER_VERSION, *command, "--address", cluster.address],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (found.returncode, found.stdout) == (1, ""), found.stderr
+    (line,) = found.stderr.splitlines()
+    assert line.startswith(f"error: --address: the Ray cluster at '{cluster.address}' has other versions than this")
+    assert "Ray: 2.0.1" in line and "same versions of Ray and Python" in line
+
+
 def test_a_node_that_the_collective_cannot_reach_is_named(cluster):
     cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES, env_vars={"GLOO_SOCKET_IFNAME": "nowhere0"})
     code, out, err = doctor(cluster, "--json")

@@ -1,5 +1,7 @@
 """What the doctor makes of what it measured, with literal facts: no cluster, no machine."""
 
+from dataclasses import replace
+
 import pytest
 
 from rlhf_ray.doctor.verdicts import (
@@ -8,12 +10,14 @@ from rlhf_ray.doctor.verdicts import (
     Line,
     Node,
     judge_driver,
+    judge_gpu_drivers,
     judge_network,
     judge_node,
     judge_placement,
     summary,
     table,
 )
+from rlhf_ray.placement.inventory import Node as Place
 from rlhf_ray.placement.plan import Plan
 
 VERSIONS = {
@@ -212,6 +216,40 @@ def test_the_tracker(key, refused, verdict, found):
     assert (line.verdict, found in line.found) == (verdict, True)
 
 
+# The NVIDIA driver
+
+
+def with_driver(name, driver, cuda="13.0"):
+    return Node(name, RESOURCES, {"gpu": {"gpus": [GPU], "NVIDIA driver": driver, "CUDA": cuda}})
+
+
+WITHOUT_GPU = Node("head", {"CPU": 4.0}, {"gpu": {"gpus": [], "NVIDIA driver": None, "CUDA": None}})
+SILENT = Node("lost", RESOURCES, {"probe": {"error": "starting: no answer within 60 s"}})
+
+
+def test_one_driver_on_all_nodes_with_gpus():
+    nodes = [WITHOUT_GPU, with_driver("a", "580.1"), SILENT, with_driver("b", "580.1")]
+    (line,) = judge_gpu_drivers(nodes, used=True)
+    assert line == Line("NVIDIA driver", "cluster", "ok", "580.1 on every node with GPUs")
+    assert judge_gpu_drivers(nodes[:3], used=True) == []
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "used", "verdict"),
+    [
+        ("470.5", "11.4", True, "problem"),
+        ("470.5", "11.4", False, "warning"),
+        ("580.9", "13.0", True, "warning"),
+    ],
+)
+def test_drivers_that_differ_are_named_with_their_nodes(driver, cuda, used, verdict):
+    nodes = [with_driver("a", "580.1"), with_driver("b", driver, cuda), with_driver("c", "580.1")]
+    (line,) = judge_gpu_drivers(nodes, used)
+    assert line.verdict == verdict
+    assert sorted(line.found.split("; ")) == sorted(["580.1 on a, c", f"{driver} on b"])
+    assert line.remedy == "install the same driver on every node with GPUs"
+
+
 # The network
 
 FAST = {
@@ -297,32 +335,73 @@ def test_a_group_that_does_not_meet_names_who_says_what():
 # Placement
 
 PLAN = Plan([{"CPU": 2.0, "GPU": 1.0}] * 4 + [{"CPU": 1.0}], {"policy": [0, 1, 2, 3], "reference": [4]})
-NODES = [Node("a", {"CPU": 8.0, "GPU": 2.0}, {}), Node("b", {"CPU": 8.0, "GPU": 2.0}, {})]
+PLACES = [Place(name=name, cpus=8.0, gpus=2, labels={"role": "train"}) for name in "ab"]
+ALL_FREE = {"CPU": 16.0, "GPU": 4.0}
+
+
+def processes(count, cpus, **options):
+    """A plan of one group of engines without GPUs."""
+    return Plan([{"CPU": cpus}] * count, {"rollout": list(range(count))}, **options)
 
 
 def test_a_plan_that_fits():
-    (line,) = judge_placement("ppo", PLAN, {"CPU": 16.0, "GPU": 4.0}, NODES)
+    (line,) = judge_placement("ppo", PLAN, ALL_FREE, PLACES)
     assert line == Line("placement", "cluster", "ok", "ppo takes 9 of 16 CPU, 4 of 4 GPU")
 
 
 def test_a_cluster_that_is_too_small():
-    (line,) = judge_placement("ppo", PLAN, {"CPU": 8.0, "GPU": 2.0}, NODES[:1])[1:]
+    (line,) = judge_placement("ppo", PLAN, {"CPU": 8.0, "GPU": 2.0}, PLACES[:1])[1:]
     assert line.verdict == "problem"
     assert line.found == "ppo: GPU: the run needs 4 (policy 4 x 1) and the cluster has 2"
     assert line.remedy == "lower policy.processes from 4 to 2, or add 2 GPU"
 
 
 def test_a_cluster_that_is_busy():
-    (line,) = judge_placement("ppo", PLAN, {"CPU": 16.0, "GPU": 1.0}, NODES)
+    (line,) = judge_placement("ppo", replace(PLAN, timeout_s=45.0), {"CPU": 16.0, "GPU": 1.0}, PLACES)
     assert line.verdict == "warning"
     assert line.found == "ppo, now: GPU: the run needs 4 (policy 4 x 1) and the cluster has 1"
+    assert "a run waits up to 45 s (placement.timeout_s)" in line.remedy
 
 
-def test_a_process_that_fits_no_node():
-    plan = Plan([{"CPU": 2.0, "GPU": 4.0}], {"rollout": [0]})
-    (line,) = judge_placement("ppo", plan, {"CPU": 16.0, "GPU": 4.0}, NODES)
-    assert line.verdict == "problem"
-    assert line.found == "ppo: no node has the 2 CPU, 4 GPU of one process of `rollout`"
+# Each is within the cluster's totals, and a run on it would fail.
+NO_ROOM = {
+    "a process larger than a node": (
+        Plan([{"CPU": 2.0, "GPU": 4.0}], {"rollout": [0]}),
+        "rollout: a process needs 2 CPU and 4 GPU on one node, and the nodes have at most 8 CPU and 2 GPU each",
+        "lower rollout.tensor_parallel",
+    ),
+    "a label that nobody has": (
+        processes(1, 1.0, labels={"rollout": {"role": "sample"}}),
+        "rollout: no node has the label role=sample, and the labels of the nodes are role=train",
+        "change placement.labels.rollout",
+    ),
+    "more processes spread than there are nodes": (
+        processes(3, 1.0, spread=("rollout",)),
+        "rollout: placement.spread puts its 3 bundles on a node each, and 2 nodes can hold one",
+        "take it out of placement.spread",
+    ),
+    "processes of which a node holds one": (
+        processes(3, 5.0),
+        "rollout: 1 of 3 bundles find no room beside the other groups",
+        "lower the number of processes",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_ROOM)
+def test_what_fits_in_sum_and_not_on_the_nodes_is_a_problem(case):
+    plan, found, remedy = NO_ROOM[case]
+    (line,) = judge_placement("ppo", plan, ALL_FREE, PLACES)
+    assert (line.verdict, line.found) == ("problem", f"ppo: {found}")
+    assert remedy in line.remedy
+
+
+@pytest.mark.parametrize("plan", [processes(40, 1.0), *(plan for plan, _, _ in NO_ROOM.values())])
+def test_with_an_autoscaler_a_small_cluster_is_a_warning(plan):
+    (line,) = judge_placement("ppo", replace(plan, autoscaling=True, timeout_s=900.0), ALL_FREE, PLACES)
+    assert line.verdict == "warning"
+    assert line.found.startswith("ppo, now: ")
+    assert line.remedy.startswith("a run waits up to 900 s (placement.timeout_s) for an autoscaler to add nodes")
 
 
 # The table
