@@ -120,8 +120,9 @@ class RolloutEngine:
             raise EngineError("this engine has taken part in no complete weight transfer yet and must not generate")
         pending = {asyncio.ensure_future(self._sample(request)) for request in requests}
         try:
-            with activity().busy("generate"):
+            with activity().busy("generate") as call:
                 while pending:
+                    activity().owes(call, len(pending))
                     done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                     finished = [task.result() for task in done]
                     activity().count_tokens(sum(len(one.response_ids) for one in finished), len(finished))

@@ -39,9 +39,14 @@ METRICS = {
     "rlhf_weight_version": PrometheusMetric(
         "gauge", "1", "Version of the policy weights that the process holds; only policy and rollout have one."
     ),
-    "rlhf_queue": PrometheusMetric("gauge", "calls", "Calls under way in the process."),
+    "rlhf_queue": PrometheusMetric(
+        "gauge", "requests", "Requests handed to the process and not answered: an engine's responses, others' calls."
+    ),
     "rlhf_tokens_per_second": PrometheusMetric(
-        "gauge", "tokens/s", "Tokens that the process sampled, scored or trained on in its last call / its duration."
+        "gauge",
+        "tokens/s",
+        "Tokens that the process sampled, scored or trained on in its last call, or so far in the one under way, / its "
+        "duration; 0 once it has had no more for half a minute.",
     ),
     "rlhf_busy_seconds_total": PrometheusMetric("counter", "s", "Time in which the process had something to do."),
     "rlhf_iterations_total": PrometheusMetric("counter", "iterations", "Iterations that the driver has finished."),

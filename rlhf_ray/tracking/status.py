@@ -24,8 +24,8 @@ class ProcessStatus:
         seconds: for how long.
         silent: seconds since its last word.
         version: of the policy weights that it holds; None where it holds none.
-        queue: calls under way in it.
-        tokens_per_second: of its last call; None before the first.
+        queue: requests handed to it and not answered.
+        tokens_per_second: of its last call or so far in the one under way, 0 a while after it; None before the first.
         tokens: in all.
         responses: in all.
     """

@@ -1,5 +1,6 @@
 """What a process does, as Prometheus reads it off the node."""
 
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -14,8 +15,10 @@ from rlhf_ray.tracking.prometheus_names import exported_name
 pytestmark = pytest.mark.system
 
 WANTED = {
+    "rlhf_iterations_total": 1.0,
+    "rlhf_queue": 40.0,
     "rlhf_weight_version": 7.0,
-    "rlhf_tokens_total": 120.0,
+    "rlhf_tokens_total": 150.0,
     "rlhf_responses_total": 3.0,
     "rlhf_weight_transfers_total": 1.0,
 }
@@ -35,6 +38,15 @@ def test_a_nodes_metrics_page_shows_what_its_processes_did(ray_cluster: None, tm
             with activity().busy("generate", tokens=100, responses=2):
                 activity().count_tokens(20, 1)
             activity().hold_version(7)
+            activity().count_iteration()
+            threading.Thread(target=self.go_on, daemon=True).start()
+
+        def go_on(self) -> None:
+            """A call that does not end while the test looks."""
+            with activity().busy("generate") as call:
+                activity().owes(call, 40)
+                activity().count_tokens(30, 0)
+                time.sleep(600)
 
     (tmp_path / "run").mkdir()
     environment = {ACTOR: "rollout-3", LOGS: str(tmp_path / "run" / "logs")}
@@ -48,6 +60,13 @@ def test_a_nodes_metrics_page_shows_what_its_processes_did(ray_cluster: None, tm
         assert time.monotonic() < deadline, found
         time.sleep(1)
         found = read(node["MetricsExportPort"])
-    assert found[exported_name("rlhf_state")] == 1
-    assert found[exported_name("rlhf_busy_seconds_total")] > 0
+    assert found[exported_name("rlhf_state")] == 2
+    assert found[exported_name("rlhf_tokens_per_second")] > 0
+    # The call that goes on counts already, and more from second to second.
+    busy = exported_name("rlhf_busy_seconds_total")
+    before = found[busy]
+    while found[busy] < before + 2:
+        assert time.monotonic() < deadline, found
+        time.sleep(1)
+        found = read(node["MetricsExportPort"])
     ray.kill(worker)

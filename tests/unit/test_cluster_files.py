@@ -430,6 +430,13 @@ def test_the_dashboard_filters_and_labels_by_tags():
             assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= set(TAGS)
 
 
+def test_the_dashboard_shows_what_the_driver_counts_whatever_group_is_chosen():
+    (iterations,) = [exported_name(name) for name, metric in METRICS.items() if "the driver" in metric.description]
+    asked = [target["expr"] for panel in panels() for target in panel["targets"] if iterations in target["expr"]]
+    assert len(asked) == 2
+    assert not any("group" in expression for expression in asked)
+
+
 def test_the_dashboard_knows_the_states():
     (timeline,) = [panel for panel in panels() if panel["type"] == "state-timeline"]
     (mapping,) = timeline["fieldConfig"]["defaults"]["mappings"]
