@@ -17,8 +17,14 @@ def timeline(
     iteration: Annotated[
         int | None, typer.Option(min=0, help="Iteration to show, counted from 0; the last finished one by default.")
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Write the whole run into the trace, not the iteration alone.")
+    ] = False,
 ) -> None:
-    """Print the idle share of each process, and write a picture and a trace that https://ui.perfetto.dev opens."""
+    """Print the idle share of each process and of each group in an iteration, and write a picture and a trace of it.
+
+    https://ui.perfetto.dev opens the trace.
+    """
     from rlhf_ray.tracking import timeline as spans
 
     found = spans.read_timeline(run)
@@ -30,10 +36,15 @@ def timeline(
     window = known[chosen]
     seconds = window.end - window.start
     typer.echo(f"iteration {chosen}: {seconds:.2f} s")
-    for actor, share in spans.idle_shares(found, window.start, window.end).items():
+    shares = spans.idle_shares(found, window.start, window.end)
+    for actor, share in shares.items():
         typer.echo(f"{actor:24} idle {share:6.1%}")
+    typer.echo("mean of each group:")
+    for group, share in spans.group_shares(shares).items():
+        typer.echo(f"{group:24} idle {share:6.1%}")
     picture, trace = run / "timeline.png", run / "trace.json"
     spans.draw(found, window.start, window.end, f"iteration {chosen}").savefig(picture, dpi=120)
-    trace.write_text(json.dumps(spans.perfetto(found)), encoding="utf-8")
+    shown = found if everything else spans.cut(found, window.start, window.end)
+    trace.write_text(json.dumps(spans.perfetto(shown)), encoding="utf-8")
     typer.echo(picture)
     typer.echo(trace)

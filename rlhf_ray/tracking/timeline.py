@@ -1,17 +1,18 @@
 """The timeline of a run: who generated, scored, trained, transferred and waited, from the spans of its processes.
 
 `perfetto` gives Chrome's trace format, which https://ui.perfetto.dev opens; `draw` a picture; `idle_shares` the share
-of the time in which each process had nothing to do.
+of the time in which each process had nothing to do, and `group_shares` the mean of each group.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from rlhf_ray.errors import StageError
-from rlhf_ray.tracking.activity import TRACE
+from rlhf_ray.tracking.activity import TRACE, group_of
 
 COLORS = {
     "generate": "#3987e5",
@@ -27,12 +28,17 @@ OTHER = "#c3c2b7"
 
 @dataclass(frozen=True)
 class Span:
-    """Something that a process did, in seconds since the epoch."""
+    """Something that a process did, in seconds since the epoch.
+
+    Attributes:
+        process: number of the process that did it; those that bear a name one after the other have each their own.
+    """
 
     name: str
     start: float
     end: float
     details: Mapping[str, Any]
+    process: int | None = None
 
 
 Timeline = dict[str, list[Span]]
@@ -55,7 +61,8 @@ def read_timeline(run_dir: Path) -> Timeline:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue  # a line that a killed process left half-written
-            spans.append(Span(row.pop("name"), row.pop("start"), row.pop("end"), row))
+            process = row.pop("process", None)
+            spans.append(Span(row.pop("name"), row.pop("start"), row.pop("end"), row, process))
         found[file.stem] = sorted(spans, key=lambda span: span.start)
     return found
 
@@ -70,7 +77,7 @@ def cut(timeline: Timeline, start: float, end: float) -> Timeline:
     """What of the timeline lies between two moments; spans that cross one are cut there."""
     return {
         actor: [
-            Span(span.name, max(span.start, start), min(span.end, end), span.details)
+            replace(span, start=max(span.start, start), end=min(span.end, end))
             for span in spans
             if span.end > start and span.start < end
         ]
@@ -79,9 +86,15 @@ def cut(timeline: Timeline, start: float, end: float) -> Timeline:
 
 
 def idle_shares(timeline: Timeline, start: float, end: float) -> dict[str, float]:
-    """Share of the time between two moments in which each process (the driver aside) had no span open."""
-    between = cut(timeline, start, end)
-    return {actor: 1.0 - _covered(spans) / (end - start) for actor, spans in between.items() if actor != "driver"}
+    """Share of the time between two moments in which each process (the driver aside) had no span open.
+
+    Processes that were not there then are left out: engines that had left or came later.
+    """
+    return {
+        actor: 1.0 - _covered(spans) / (end - start)
+        for actor, spans in cut(timeline, start, end).items()
+        if actor != "driver" and _there(timeline[actor], start, end)
+    }
 
 
 def nobody_busy(timeline: Timeline, start: float, end: float) -> float:
@@ -97,6 +110,20 @@ def _covered(spans: Sequence[Span]) -> float:
         seconds += max(0.0, span.end - max(span.start, covered))
         covered = max(covered, span.end)
     return seconds
+
+
+def _there(spans: Sequence[Span], start: float, end: float) -> bool:
+    """Whether a process lived between two moments, as far as its spans tell: from its first to its last."""
+    lives = [[span for span in spans if span.process == process] for process in {span.process for span in spans}]
+    return any(min(s.start for s in life) < end and max(s.end for s in life) > start for life in lives)
+
+
+def group_shares(shares: Mapping[str, float]) -> dict[str, float]:
+    """The mean idle share of each group, from those of its processes."""
+    members: dict[str, list[float]] = {}
+    for actor, share in shares.items():
+        members.setdefault(group_of(actor), []).append(share)
+    return {group: sum(of_group) / len(of_group) for group, of_group in members.items()}
 
 
 def perfetto(timeline: Timeline) -> dict[str, Any]:
@@ -138,11 +165,11 @@ def _lanes(spans: Sequence[Span]) -> list[tuple[int, Span]]:
 
 
 def paint(axes: Any, timeline: Timeline, start: float, end: float) -> None:
-    """Draw the time between two moments on matplotlib axes: a row a process, with its idle share."""
+    """Draw the time between two moments on matplotlib axes: a row a process, with its idle share and the groups'."""
     from matplotlib.patches import Patch
 
     shares = idle_shares(timeline, start, end)
-    shown = {actor: spans for actor, spans in cut(timeline, start, end).items() if actor != "driver"}
+    shown = {actor: spans for actor, spans in cut(timeline, start, end).items() if actor in shares}
     for row, spans in enumerate(shown.values()):
         for span in spans:
             bar = (span.start - start, span.end - span.start)
@@ -150,7 +177,8 @@ def paint(axes: Any, timeline: Timeline, start: float, end: float) -> None:
     axes.set_yticks(range(len(shown)), [f"{actor}, idle {shares[actor]:.0%}" for actor in shown])
     axes.invert_yaxis()
     axes.set_xlim(0, end - start)
-    axes.set_xlabel("seconds")
+    means = ", ".join(f"{group}\N{NO-BREAK SPACE}{share:.0%}" for group, share in group_shares(shares).items())
+    axes.set_xlabel("seconds\n" + fill(f"idle by group: {means}", 60))
     names = [name for name in COLORS if any(span.name == name for spans in shown.values() for span in spans)]
     handles = [Patch(color=COLORS[name], label=name) for name in names]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)

@@ -1,11 +1,23 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 
 from rlhf_ray.cli import main
 from rlhf_ray.errors import StageError
 from rlhf_ray.tracking.activity import Activity
-from rlhf_ray.tracking.timeline import Span, cut, draw, idle_shares, iterations, nobody_busy, perfetto, read_timeline
+from rlhf_ray.tracking.timeline import (
+    Span,
+    cut,
+    draw,
+    group_shares,
+    idle_shares,
+    iterations,
+    nobody_busy,
+    perfetto,
+    read_timeline,
+)
 
 
 def span(name: str, start: float, end: float, **details) -> Span:
@@ -17,15 +29,37 @@ TIMELINE = {
     "policy-0": [span("step", 6, 9), span("step", 16, 18)],
     "rollout-0": [span("generate", 1, 5), span("transfer", 4, 6), span("generate", 19, 21)],
     "critic-0": [span("forward", 2, 3), span("forward", 2.5, 4)],
-    "reward-0": [],
+    # An engine that came in the second iteration, and the other node of one that is split, which opens no spans.
+    "rollout-1": [span("transfer", 12, 14)],
+    "rollout-0-part-1": [],
 }
 
 
 def test_idle_shares_count_overlapping_work_once_and_cut_at_the_ends():
-    assert idle_shares(TIMELINE, 0, 10) == pytest.approx(
-        {"policy-0": 0.7, "rollout-0": 0.5, "critic-0": 0.8, "reward-0": 1.0}
-    )
+    assert idle_shares(TIMELINE, 0, 10) == pytest.approx({"policy-0": 0.7, "rollout-0": 0.5, "critic-0": 0.8})
     assert idle_shares(TIMELINE, 10, 20)["rollout-0"] == pytest.approx(0.9)
+
+
+def test_who_was_not_there_is_not_idle():
+    assert list(idle_shares(TIMELINE, 0, 10)) == ["policy-0", "rollout-0", "critic-0"]
+    # The critic's last span was in the iteration before; the engine that came is there.
+    assert list(idle_shares(TIMELINE, 10, 20)) == ["policy-0", "rollout-0", "rollout-1"]
+    # A policy that rests for a while, as while the critic warms up, is there and idle.
+    assert idle_shares(TIMELINE, 10, 15)["policy-0"] == 1.0
+
+
+def test_an_engine_that_left_and_one_of_its_name_that_came_later_were_away_in_between():
+    engines = {"rollout-2": [Span("generate", 1, 4, {}, 77), Span("generate", 31, 34, {}, 99)]}
+    assert idle_shares(engines, 0, 10) == {"rollout-2": pytest.approx(0.7)}
+    assert idle_shares(engines, 10, 20) == {}
+    assert idle_shares(engines, 30, 40) == {"rollout-2": pytest.approx(0.7)}
+    same = {"rollout-2": [Span("generate", 1, 4, {}, 77), Span("generate", 31, 34, {}, 77)]}
+    assert idle_shares(same, 10, 20) == {"rollout-2": 1.0}
+
+
+def test_a_groups_share_is_the_mean_of_its_processes():
+    shares = idle_shares(TIMELINE, 10, 20)
+    assert group_shares(shares) == pytest.approx({"policy": 0.8, "rollout": 0.85})
 
 
 def test_a_cut_keeps_what_lies_between():
@@ -58,7 +92,9 @@ def test_spans_that_overlap_have_lanes_of_their_own_in_the_trace():
 def test_a_picture_has_a_row_for_every_process(tmp_path):
     figure = draw(TIMELINE, 0, 10, "iteration 0")
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert labels == ["policy-0, idle 70%", "rollout-0, idle 50%", "critic-0, idle 80%", "reward-0, idle 100%"]
+    assert labels == ["policy-0, idle 70%", "rollout-0, idle 50%", "critic-0, idle 80%"]
+    below = figure.axes[0].get_xlabel().replace("\N{NO-BREAK SPACE}", " ")
+    assert below == "seconds\nidle by group: policy 70%, rollout 50%, critic 80%"
     figure.savefig(tmp_path / "a.png")
 
 
@@ -72,26 +108,65 @@ def test_what_a_process_records_is_read_back(tmp_path):
     spans = read_timeline(tmp_path)["policy-0"]
     assert [one.name for one in spans] == ["step", "forward", "broken"]
     assert spans[0].details == {"micro_batches": 2}
+    assert {one.process for one in spans} == {os.getpid()}
     assert spans[0].start <= spans[1].start <= spans[1].end <= spans[0].end
 
 
-def test_the_command_writes_picture_and_trace(tmp_path, capsys):
-    (tmp_path / "trace").mkdir()
+def write_timeline(run: Path) -> None:
+    (run / "trace").mkdir()
     for actor, spans in TIMELINE.items():
         lines = [json.dumps({"name": s.name, "start": s.start, "end": s.end, **s.details}) for s in spans]
-        (tmp_path / "trace" / f"{actor}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        (run / "trace" / f"{actor}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+
+def traced(run: Path) -> dict[str, list[tuple[str, float]]]:
+    """Name and length in seconds of each span in a run's trace file, by process."""
+    events = json.loads((run / "trace.json").read_text())["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    found: dict[str, list[tuple[str, float]]] = {}
+    for event in events:
+        if event["ph"] == "X":
+            found.setdefault(names[event["pid"]], []).append((event["name"], event["dur"] / 1e6))
+    return found
+
+
+def test_the_command_writes_picture_and_trace_of_one_iteration(tmp_path, capsys):
+    write_timeline(tmp_path)
     with pytest.raises(SystemExit) as ended:
         main(["timeline", str(tmp_path), "--iteration", "0"])
     out = capsys.readouterr().out
     assert ended.value.code == 0
     assert out.startswith("iteration 0: 10.00 s\n")
     assert "rollout-0                idle  50.0%\n" in out
-    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    groups = out.partition("mean of each group:\n")[2].splitlines()[:3]
+    assert [line.split() for line in groups] == [
+        ["critic", "idle", "80.0%"],
+        ["policy", "idle", "70.0%"],
+        ["rollout", "idle", "50.0%"],
+    ]
+    assert "rollout-1" not in out and "part-1" not in out
+    assert traced(tmp_path) == {
+        "driver": [("iteration", 10)],
+        "policy-0": [("step", 3)],
+        "rollout-0": [("generate", 4), ("transfer", 2)],
+        "critic-0": [("forward", 1), ("forward", 1.5)],
+    }
     assert (tmp_path / "timeline.png").stat().st_size > 1000
     with pytest.raises(SystemExit) as ended:
         main(["timeline", str(tmp_path), "--iteration", "7"])
     assert ended.value.code == 2
     assert "has no iteration 7; it has 0 to 1" in capsys.readouterr().err
+
+
+def test_the_command_writes_the_whole_run_into_the_trace_where_all_is_asked_for(tmp_path, capsys):
+    write_timeline(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["timeline", str(tmp_path), "--all"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("iteration 1: 10.00 s\n")
+    assert {actor: len(spans) for actor, spans in traced(tmp_path).items()} == {
+        actor: len(spans) for actor, spans in TIMELINE.items() if spans
+    }
 
 
 def test_a_directory_without_spans_is_an_error(tmp_path):
