@@ -30,7 +30,7 @@ class Turns:
         self._trainers = [trainer for name, trainer in trainers.items() if name in partners] if self.taken else []
         self._rollout = rollout
         if partners and not config.rollout.gpus:
-            logger.info("rollout shares its place with %s; on a CPU engines do not sleep", ", ".join(partners))
+            logger.warning("rollout shares its place with %s; on a CPU engines do not sleep", ", ".join(partners))
 
     def to_engines(self) -> None:
         """Trainers give up their optimizers' memory. The engines wake as the next transfer reaches them."""

@@ -93,7 +93,7 @@ def test_groups_that_share_on_a_cpu_sit_together_and_do_not_sleep(
     # Other tests' groups may be there, too.
     held = [group["bundles"] for group in placement_group_table().values() if group["state"] == "CREATED"]
     assert [0.25, 0.25, 0.5, 1.0] in [sorted(bundle["CPU"] for bundle in bundles.values()) for bundles in held]
-    with caplog.at_level("INFO", logger="rlhf_ray.driver.turns"):
+    with caplog.at_level("WARNING", logger="rlhf_ray.driver.turns"):
         Turns(config, {"policy": shared.groups.policy}, shared.groups.rollout)
     assert "rollout shares its place with policy; on a CPU engines do not sleep" in caplog.text
     assert not shared.groups.turns.taken
