@@ -1,6 +1,7 @@
 """The sections that several stages share."""
 
 import math
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -11,18 +12,32 @@ from rlhf_ray.errors import shortened
 Dtype = Literal["fp32", "bf16"]
 
 
+def _texts(value: object) -> Iterator[str]:
+    """The texts in a value, keys included; sections have looked at their own."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        yield from _texts([*value.keys(), *value.values()])
+
+
 class Section(BaseModel):
     """Base of all sections: immutable, no unknown keys, no conversion but that of int to float."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _check_whole_numbers(self):
+    def _check_can_be_written(self):
+        """A configuration from Python can be written down and loads back to the same."""
         problems = Problems()
         for name in type(self).model_fields:
             value = getattr(self, name)
             if type(value) is int and not -(2**63) <= value < 2**63:
                 problems.add(name, f"{shortened(f'{value:#x}', 20)} is no number of 64 bits; make it smaller")
+            if any("\0" in text for text in _texts(value)):
+                problems.add(name, "holds a NUL character, which no name or path can have; remove it")
         problems.check()
         return self
 

@@ -412,6 +412,19 @@ def test_overrides_of_keys_that_count_in_no_list_are_refused(key, reason):
     assert reason in problem("ppo", f"{key}=x")
 
 
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"run": {"dir": "a\0b"}}, "run.dir"),
+        ({"data": {"path": ["a", "b\0"]}}, "data.path"),
+        ({"placement": {"labels": {"group": {"\0": "a"}}}}, "placement.labels"),
+    ],
+)
+def test_texts_from_python_have_no_nul_either(values, key):
+    with pytest.raises(ConfigError, match=rf"^configuration: {key}: holds a NUL character, which no name or path"):
+        from_dict(SFT | values, "sft")
+
+
 def test_only_the_first_of_very_many_problems_are_told():
     message = problem("sft", *(f"sft.key{i}=1" for i in range(1000)))
     assert message.startswith("1000 problems:\n  sft.key0: unknown key; ")

@@ -70,7 +70,7 @@ def transcript(path: Path) -> None:
 
 
 def repeated_rows(path: Path) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.repeat("x", 2_000_000)}), path, compression="zstd")
+    pyarrow.parquet.write_table(pyarrow.table({"n": pyarrow.repeat(1, 2_000_000)}), path, compression="zstd")
 
 
 def repeated_value(path: Path) -> None:
@@ -81,8 +81,10 @@ def repeated_value(path: Path) -> None:
 
 def large_values(path: Path) -> None:
     """Each value other than the others, and of one letter for all but its beginning."""
-    texts = pyarrow.array([f"{i}" + "y" * 16 * MIB for i in range(12)])
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, compression="zstd", use_dictionary=False)
+    texts = pyarrow.array([f"{i}" + "y" * 16 * MIB for i in range(6)])
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": texts}), path, compression="zstd", use_dictionary=False, write_statistics=False
+    )
 
 
 def large_file(path: Path) -> None:
