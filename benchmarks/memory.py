@@ -87,7 +87,7 @@ class Cell:
     tokens: int
 
 
-SCORERS = [Scoring("reference", "fp32", 4096), Scoring("reference", "bf16", 8192), Scoring("reward", "fp32", 8192)]
+SCORERS = [Scoring("reference", "fp32", 4096), Scoring("reference", "bf16", 16384), Scoring("reward", "fp32", 8192)]
 ENGINES = [Engine("fp32", 0.25, 32), Engine("bf16", 0.5, 64)]
 CELLS = [
     Cell("causal", 1, 0, "fp32", False, 4096),

@@ -63,7 +63,7 @@ def test_random_models_have_a_tokenizer_of_numbers(tmp_path: Path):
     folder = write_llama(tmp_path / "model", TINY, scalar=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer) == TINY["vocab_size"] == AutoConfig.from_pretrained(folder).vocab_size
-    assert tokenizer("17 3")["input_ids"] == [17, 3]
+    assert tokenizer.decode([17, 3]) == "17 3"
 
 
 def test_an_unknown_workload_is_refused(capsys: pytest.CaptureFixture[str]):

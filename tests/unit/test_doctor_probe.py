@@ -131,7 +131,7 @@ def test_an_address_where_nothing_listens_is_one_error(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["doctor", "--address", "127.0.0.1:9"])
     assert ended.value.code == 1
-    assert capsys.readouterr().err.startswith("error: no Ray cluster answers at '127.0.0.1:9' (")
+    assert capsys.readouterr().err.startswith("error: --address: no Ray cluster answers at '127.0.0.1:9' (")
 
 
 def test_changes_need_a_configuration(capsys):

@@ -175,7 +175,7 @@ def test_a_directory_without_spans_is_an_error(tmp_path):
 
 
 def test_nobody_is_busy_where_no_process_but_the_driver_has_a_span():
-    # Busy: 1 to 6 and 6 to 9 of the first ten seconds; 16 to 18 and 19 to 20 of the second.
+    # Busy: 1 to 6 and 6 to 9 of the first ten seconds; 12 to 14, 16 to 18 and 19 to 20 of the second.
     assert nobody_busy(TIMELINE, 0, 10) == pytest.approx(0.2)
-    assert nobody_busy(TIMELINE, 10, 20) == pytest.approx(0.7)
+    assert nobody_busy(TIMELINE, 10, 20) == pytest.approx(0.5)
     assert nobody_busy({"driver": TIMELINE["driver"]}, 0, 10) == 1.0
