@@ -4,6 +4,7 @@ import logging
 import math
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,8 +144,11 @@ class Scorer:
 
     def _function(self, name: str, item: RewardFunctionItem) -> Any:
         # Functions are cheap or wait for something else; they run beside the groups and take no share of them.
-        environment = {"env_vars": self._placement.environment(f"reward-{name}", 1)}
-        return ray.remote(RewardFunctionActor).options(num_cpus=0, runtime_env=environment).remote(item.path)
+        actor = f"reward-{name}"
+        environment = {"env_vars": self._placement.environment(actor, 1)}
+        return (
+            ray.remote(RewardFunctionActor).options(name=actor, num_cpus=0, runtime_env=environment).remote(item.path)
+        )
 
     def start(self) -> None:
         """Wait until every scorer is up."""
@@ -273,6 +277,8 @@ class Scorer:
             if self._functions[name] is not actor:
                 return
             ray.kill(actor)
+            with suppress(EngineError):  # its name is free once it is gone
+                get(actor.load.remote(), f"reward function {name}: end", timeout_s=10)
             self._functions[name] = self._function(name, self._function_items[name])
             self._function_loads[name] = self._functions[name].load.remote()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from tiny_models import make_llama, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -223,6 +224,15 @@ def test_the_score_is_the_weighted_sum_of_all_rewards(setup: Setup, scored: list
     assert experience.metrics["data/excluded"] == 0
 
 
+def named_actors() -> set[str]:
+    return set(ray.util.list_named_actors())
+
+
+def test_every_scorer_has_a_name_that_a_person_knows(setup: Setup):
+    functions = {f"reward-{name}" for name in ("contract", "async_num_tokens", "strict", "lenient")}
+    assert functions | {"reference-0", "reference-1", "reward-model_0-0", "reward-model_1-0"} <= named_actors()
+
+
 # ---- reward functions that fail
 
 
@@ -271,6 +281,7 @@ def test_a_function_that_fails_excludes_its_samples_where_the_configuration_says
     good_prompts, good = rollout(3, 1)
     scored = setup.scorer.score([trajectories], prompts)
     scored += setup.scorer.score([good], good_prompts)  # it serves again afterwards, whatever happened
+    assert "reward-lenient" in named_actors()
     experience = build_experience(scored, None, setup.config, 0.0, RunningNormalizer())
     assert len(experience.policy) == len(experience.critic) == kept + len(good)
     assert experience.metrics["data/excluded"] == 2 - kept
