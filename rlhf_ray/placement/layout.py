@@ -7,6 +7,8 @@ of its resources free and puts on it whatever else fits, then goes to the next (
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
 
 from rlhf_ray.placement.inventory import Node
 from rlhf_ray.placement.plan import RESOURCE_KEYS, Plan
@@ -48,45 +50,49 @@ class Layout:
 class _Free:
     """What is left of one node."""
 
-    def __init__(self, index: int, node: Node) -> None:
+    def __init__(self, index: int, node: Node, asked: set[str]) -> None:
         self.index = index
-        self.labels = node.labels
+        self.labels = {name: value for name, value in node.labels.items() if name in asked}
         self.left = node.amounts
         self.gpus = [1.0] * node.gpus
 
-    def holds(self, bundle: Mapping[str, float]) -> bool:
-        if any(self.left.get(name, 0.0) + ROUNDING < amount for name, amount in bundle.items()):
-            return False
-        return self._seats(bundle.get("GPU", 0.0)) is not None
+    @property
+    def look(self) -> tuple[Any, ...]:
+        """Equal for nodes that hold the same."""
+        return tuple(sorted(self.labels.items())), tuple(self.left.values()), tuple(self.gpus)
 
-    def score(self, bundle: Mapping[str, float]) -> float:
-        """Ray's: the sum over resources of the share that would stay free; the highest is taken."""
-        return sum((self.left[name] - amount) / self.left[name] for name, amount in bundle.items() if self.left[name])
-
-    def take(self, bundle: Mapping[str, float]) -> tuple[int, ...]:
+    def seats_for(self, bundle: Mapping[str, float]) -> tuple[int, ...] | None:
+        """The GPUs that a bundle would get here; None where it does not fit."""
+        for name, amount in bundle.items():
+            if self.left.get(name, 0.0) + ROUNDING < amount:
+                return None
         amount = bundle.get("GPU", 0.0)
-        seats = self._seats(amount) or ()
-        for gpu in seats:
-            self.gpus[gpu] -= min(amount, 1.0)
-        for name, wanted in bundle.items():
-            self.left[name] -= wanted
-        return seats
-
-    def _seats(self, amount: float) -> tuple[int, ...] | None:
-        """The GPUs for an amount: whole ones, or the first that has a fraction left, the fullest before others."""
         if amount == 0:
             return ()
-        if amount < 1:
+        if amount < 1:  # the first that has a fraction left, the fullest before others
             room = [gpu for gpu, left in enumerate(self.gpus) if left + ROUNDING >= amount]
             return (min(room, key=lambda gpu: self.gpus[gpu]),) if room else None
         whole = [gpu for gpu, left in enumerate(self.gpus) if left + ROUNDING >= 1]
         return tuple(whole[: round(amount)]) if len(whole) >= round(amount) else None
 
+    def score(self, bundle: Mapping[str, float]) -> float:
+        """Ray's: the sum over resources of the share that would stay free; the highest is taken."""
+        return sum((self.left[name] - amount) / self.left[name] for name, amount in bundle.items() if self.left[name])
+
+    def take(self, bundle: Mapping[str, float], seats: tuple[int, ...]) -> None:
+        for gpu in seats:
+            self.gpus[gpu] -= min(bundle["GPU"], 1.0)
+        for name, wanted in bundle.items():
+            self.left[name] -= wanted
+
 
 def lay_out(plan: Plan, nodes: list[Node]) -> Layout:
     """Seat every process of the plan, as far as there is room."""
-    free = [_Free(index, node) for index, node in enumerate(nodes)]
-    wanted = [plan.labels_of(groups) for groups in plan.groups_of()]
+    of_bundles = plan.groups_of()
+    labels_of = {groups: plan.labels_of(groups) for groups in set(of_bundles)}
+    wanted = [labels_of[groups] for groups in of_bundles]
+    asked = {name for labels in labels_of.values() for name in labels}
+    free = [_Free(index, node, asked) for index, node in enumerate(nodes)]
     placed: dict[int, tuple[int, tuple[int, ...]]] = {}
     for strategy, bundles in plan.parts():
         order = sorted(bundles, key=lambda i: (-plan.bundles[i].get("GPU", 0.0), -plan.bundles[i].get("CPU", 0.0)))
@@ -111,25 +117,63 @@ def _pack(
 ) -> dict[int, tuple[int, tuple[int, ...]]]:
     """Node and GPUs of each bundle in `order`, as far as they fit; `alone` puts at most one on a node."""
     placed: dict[int, tuple[int, tuple[int, ...]]] = {}
-    candidates, waiting = list(free), list(order)
+    # Nodes that look alike, the first of them last; clusters have many, and only the first needs a look.
+    candidates: dict[tuple[Any, ...], list[_Free]] = {}
+    for node in reversed(free):
+        candidates.setdefault(node.look, []).append(node)
 
-    def fits(node: _Free, index: int) -> bool:
-        labelled = all(node.labels.get(name) == value for name, value in wanted[index].items())
-        return labelled and node.holds(plan.bundles[index])
+    def kind(index: int) -> tuple[dict[str, float], dict[str, str]]:
+        return plan.bundles[index], wanted[index]
+
+    # Neighbours that are alike are taken together: where one of them has no room, neither have the others.
+    waiting = [list(alike) for _, alike in groupby(order, key=kind)]
+
+    def seats_in(node: _Free, index: int) -> tuple[int, ...] | None:
+        for name, value in wanted[index].items():
+            if node.labels.get(name) != value:
+                return None
+        return node.seats_for(plan.bundles[index])
 
     while waiting:
-        first = waiting[0]
-        able = [node for node in candidates if fits(node, first)]
+        first = waiting[0][0]
+        able = [
+            (look, alike[-1]) for look, alike in candidates.items() if alike and seats_in(alike[-1], first) is not None
+        ]
         if not able:
             waiting.pop(0)
             continue
-        best = max(able, key=lambda node: node.score(plan.bundles[first]))
-        for index in waiting if not alone else [first]:
-            if fits(best, index):
-                placed[index] = (best.index, best.take(plan.bundles[index]))
-        waiting = [index for index in waiting if index not in placed]
-        candidates.remove(best)
+        look, best = max(able, key=lambda pair: (pair[1].score(plan.bundles[first]), -pair[1].index))
+        candidates[look].pop()
+        for several in waiting[:1] if alone else waiting:
+            while several and (seats := seats_in(best, several[0])) is not None:
+                index = several.pop(0)
+                best.take(plan.bundles[index], seats)
+                placed[index] = (best.index, seats)
+                if alone:
+                    break
+        waiting = [several for several in waiting if several]
     return placed
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A group that the nodes cannot hold whatever else runs.
+
+    Attributes:
+        kind: what is in the way: a label that no node has, the size of one process, or too few nodes to spread over.
+        groups: the group, or all that share its bundles.
+        words: what is asked and what there is.
+        remedy: what to change, in words.
+        bundles: how many find no node, where they are spread.
+        resource: of which no node has enough for one process.
+    """
+
+    kind: Literal["label", "size", "spread"]
+    groups: tuple[str, ...]
+    words: str
+    remedy: str
+    bundles: int = 0
+    resource: str = ""
 
 
 def misfits(plan: Plan, nodes: list[Node]) -> list[str]:
@@ -137,49 +181,77 @@ def misfits(plan: Plan, nodes: list[Node]) -> list[str]:
 
     What the cluster lacks as a whole is `plan.shortfalls`.
     """
-    found = [words for group in plan.groups if (words := _misfit(plan, group, nodes))]
-    return list(dict.fromkeys(found))  # groups that share say the same
+    return [f"{misfit.words}; {misfit.remedy}" for misfit in find_misfits(plan, nodes)]
 
 
-def _misfit(plan: Plan, group: str, nodes: list[Node]) -> str | None:
-    first, count = plan.groups[group][0], len(plan.groups[group])
-    bundle, groups = plan.bundles[first], plan.groups_of()[first]
+def find_misfits(plan: Plan, nodes: list[Node]) -> list[Misfit]:
+    """The same with what is in the way; groups that share are one."""
+    of_bundles = plan.groups_of()
+    found = [
+        misfit
+        for group, bundles in plan.groups.items()
+        if (misfit := _misfit(plan, group, of_bundles[bundles[0]], nodes))
+    ]
+    return list(dict.fromkeys(found))
+
+
+def labelled_nodes(nodes: list[Node], labels: Mapping[str, str]) -> list[Node]:
+    """The nodes with all of these labels."""
+    return [node for node in nodes if all(node.labels.get(name) == value for name, value in labels.items())]
+
+
+def _misfit(plan: Plan, group: str, groups: tuple[str, ...], nodes: list[Node]) -> Misfit | None:
+    bundle, count = plan.bundles[plan.groups[group][0]], len(plan.groups[group])
     labels, who = plan.labels_of(groups), " with ".join(groups)
     said = ", ".join(f"{name}={value}" for name, value in labels.items())
-    labelled = [n for n in nodes if all(n.labels.get(name) == value for name, value in labels.items())]
+    labelled = labelled_nodes(nodes, labels)
     if not labelled:
         # Ray's own labels, such as a node's identity, are nobody's choice.
         given = {pair for node in nodes for pair in node.labels.items() if not pair[0].startswith("ray.io/")}
         known = [f"{name}={value}" for name, value in sorted(given)]
-        return (
-            f"{who}: no node has the label {said}, and the labels of the nodes are {', '.join(known) or 'none'}; "
-            f"change placement.labels.{next(name for name in groups if plan.labels.get(name))}, or label nodes"
+        return Misfit(
+            "label",
+            groups,
+            f"{who}: no node has the label {said}, and the labels of the nodes are {', '.join(known) or 'none'}",
+            f"change placement.labels.{next(name for name in groups if plan.labels.get(name))}, or label nodes",
         )
     where = f"nodes with {said}" if labels else "nodes"
     able = [n for n in labelled if all(n.amounts.get(name, 0.0) + ROUNDING >= a for name, a in bundle.items())]
     if not able:
-        needs = " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
         largest = {name: max(n.amounts.get(name, 0.0) for n in labelled) for name in bundle}
-        has = " and ".join(f"{amount:g} {name}" for name, amount in largest.items())
         short = "GPU" if largest.get("GPU", 0.0) + ROUNDING < bundle.get("GPU", 0.0) else "CPU"
         most = max(groups, key=lambda name: plan.share(name, short))
         key = f"{most}.{RESOURCE_KEYS[short]}"
         if (most, short) == ("rollout", "GPU"):
             key = "rollout.tensor_parallel, or raise rollout.nodes_per_engine"
         what = "a process" if len(groups) == 1 else "a process of each"
-        return f"{who}: {what} needs {needs} on one node, and the {where} have at most {has} each; lower {key}"
+        return Misfit(
+            "size",
+            groups,
+            f"{who}: {what} needs {amounts_in_words(bundle)} on one node, and the {where} have at most "
+            f"{amounts_in_words(largest)} each",
+            f"lower {key}",
+            resource=short,
+        )
     if group in plan.spread and count > len(able):
-        return (
-            f"{group}: placement.spread puts its {count} bundles on a node each, and {len(able)} {where} can hold "
-            "one; lower its number of processes, or take it out of placement.spread"
+        return Misfit(
+            "spread",
+            groups,
+            f"{group}: placement.spread puts its {count} bundles on a node each, and {len(able)} {where} can hold one",
+            "lower its number of processes, or take it out of placement.spread",
+            count - len(able),
         )
     return None
 
 
-def crowding(plan: Plan, layout: Layout) -> list[str]:
-    """Groups of which some bundles found no seat beside the others, in words."""
-    return [
-        f"{group}: {count} of {len(plan.groups[group])} bundles find no room beside the other groups; lower the "
-        "number of processes or what each takes, or add a node"
+def amounts_in_words(amounts: Mapping[str, float]) -> str:
+    """`2 CPU and 1 GPU`."""
+    return " and ".join(f"{amount:g} {name}" for name, amount in amounts.items())
+
+
+def crowding(plan: Plan, layout: Layout) -> dict[str, str]:
+    """Groups of which some bundles found no seat beside the others, each in words."""
+    return {
+        group: f"{group}: {count} of {len(plan.groups[group])} bundles find no room beside the other groups"
         for group, count in layout.without.items()
-    ]
+    }

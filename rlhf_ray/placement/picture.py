@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rlhf_ray.placement.checks import Contents
 from rlhf_ray.placement.inventory import Node
 from rlhf_ray.placement.memory import GIB, PARTS, Estimate
-from rlhf_ray.placement.overview import Overview, on_gpu
+from rlhf_ray.placement.overview import Overview
 from rlhf_ray.placement.plan import RESOURCE_KEYS
 
 BAR = 24
@@ -18,7 +19,11 @@ MOST_RUNS = 6
 
 
 def as_values(found: list[Overview], nodes: list[Node]) -> dict[str, Any]:
-    """Everything of the overviews, sizes in bytes."""
+    """Everything of the overviews, sizes in bytes.
+
+    `memory` is that of one process of each group at its own peak; groups that take turns on a GPU do not have theirs
+    at the same time, so what a GPU needs is under `gpus`.
+    """
     return {
         "fits": not any(one.problems for one in found),
         "nodes": [node.model_dump() for node in nodes],
@@ -35,16 +40,40 @@ def as_values(found: list[Overview], nodes: list[Node]) -> dict[str, Any]:
                 ],
                 "labels": one.plan.labels,
                 "processes": [asdict(seat) for seat in one.layout.seats],
+                "joining_later": one.plan.later,
                 "memory": {
-                    group: {**each.parts, "total": each.total, "offloaded": each.offloaded}
+                    group: {**each.parts, "total": each.total, "offloaded": each.offloaded, "at_rest": each.at_rest}
                     for group, each in one.estimates.items()
                 },
+                "gpus": _gpus_as_values(one, nodes),
                 "problems": one.problems,
+                "changes": [list(problem.change) for problem in one.found],
                 "notes": one.notes,
             }
             for one in found
         ],
     }
+
+
+def _gpus_as_values(one: Overview, nodes: list[Node]) -> list[dict[str, Any]]:
+    """What is on each GPU that is used, and its memory by part at the turn that takes most."""
+    values = []
+    for (index, gpu), contents in one.contents.items():
+        memory = nodes[index].gpu_memory_gib
+        parts = one.on_gpu(contents, memory)
+        values.append(
+            {
+                "node": index,
+                "gpu": gpu,
+                "processes": dict(contents),
+                "memory": None if memory is None else memory * GIB,
+                "needed": sum(parts.values()),
+                "parts": parts,
+                # Groups without an estimate, which `needed` leaves out.
+                "unknown": [group for group, _ in contents if group not in one.on(memory)],
+            }
+        )
+    return values
 
 
 def draw(found: list[Overview], nodes: list[Node], console: Console) -> None:
@@ -53,6 +82,8 @@ def draw(found: list[Overview], nodes: list[Node], console: Console) -> None:
         console.print(f"[bold]{one.stage}[/bold]")
         console.print(_groups(one))
         for line in _bundles(one):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        for line in _joining(one):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         for line in _nodes(one, nodes):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -79,7 +110,9 @@ def _groups(one: Overview) -> Table:
         sizes += ["" if each is None else _gib(each.parts.get(part, 0.0)) for part in parts]
         sizes += ["" if each is None else _gib(each.offloaded)] * offloads
         nodes = one.plan.split.get(group, 1)
-        processes = f"{one.plan.processes(group)}" + (f" on {nodes} nodes each" if nodes > 1 else "")
+        later = one.plan.later.get(group, 0)
+        processes = f"{one.plan.processes(group)}" + (f" of {one.plan.processes(group) + later}" if later else "")
+        processes += f" on {nodes} nodes each" if nodes > 1 else ""
         table.add_row(group, processes, *(f"{amount:g}" for amount in taken.values()), *sizes)
     return table
 
@@ -95,6 +128,15 @@ def _bundles(one: Overview) -> list[str]:
             kinds[kind] = kinds.get(kind, 0) + 1
         lines.append(f"{strategy}: " + "; ".join(f"{count} x {kind}" for kind, count in kinds.items()))
     return lines
+
+
+def _joining(one: Overview) -> list[str]:
+    """What is not drawn since it joins later."""
+    return [
+        f"{group}: the {one.plan.processes(group)} to start with (rollout.min_engines) of "
+        f"{one.plan.processes(group) + later} (rollout.engines) are drawn; the others join as nodes have room"
+        for group, later in one.plan.later.items()
+    ]
 
 
 def _gib(size: float) -> str:
@@ -147,11 +189,11 @@ def _seats(one: Overview, node: Node, merged: dict[tuple[int, ...], dict[str, li
         gpus = [gpu for gpu, _ in run]
         who = ", ".join(f"{group} {_ranks(r for gpu in gpus for r in single[gpu,][group])}" for group in names)
         mix = tuple((group, len(single[gpus[0],][group]) // num_nodes or 1) for group in names)
-        lines.append(f"  GPU {_ranks(gpus):7} {_bar(on_gpu(mix, one.estimates), node.gpu_memory_gib)}  {who}")
+        lines.append(f"  GPU {_ranks(gpus):7} {_bar(one, mix, node.gpu_memory_gib)}  {who}")
     for several, groups in sorted(item for item in merged.items() if len(item[0]) > 1):
         who = ", ".join(f"{group} {_ranks(ranks)}" for group, ranks in groups.items())
         mix = tuple((group, 1) for group in groups)
-        lines.append(f"  GPU {_ranks(several):7} {_bar(on_gpu(mix, one.estimates), node.gpu_memory_gib)}  {who}")
+        lines.append(f"  GPU {_ranks(several):7} {_bar(one, mix, node.gpu_memory_gib)}  {who}")
     for group, ranks in merged.get((), {}).items():
         size = one.estimates.get(group)
         lines.append(f"  CPU         {_each(size)}  {group} {_ranks(ranks)}")
@@ -162,8 +204,9 @@ def _each(size: Estimate | None) -> str:
     return f"{'? GiB each' if size is None else f'{size.total / GIB:.2f} GiB each':{BAR + 20}}"
 
 
-def _bar(size: float, memory_gib: float | None) -> str:
-    """Used memory as a bar, with the figures."""
+def _bar(one: Overview, contents: Contents, memory_gib: float | None) -> str:
+    """Memory that a GPU's contents use as a bar, with the figures."""
+    size = sum(one.on_gpu(contents, memory_gib).values())
     if memory_gib is None or not size:
         return f"{'memory unknown':{BAR + 20}}"
     share = size / (memory_gib * GIB)

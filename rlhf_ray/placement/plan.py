@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rlhf_ray.config.pipeline import StageConfig
 from rlhf_ray.config.ppo import PPOConfig
@@ -48,6 +48,7 @@ class Plan:
         autoscaling: whether nodes may still come, so that too few are no error.
         portions: what a process takes of a bundle that several groups share; other groups take theirs whole.
         split: bundles of one process, for groups whose processes take more than one.
+        later: processes beyond these that join as nodes have room, by group (`rollout.min_engines`).
     """
 
     bundles: list[dict[str, float]]
@@ -58,6 +59,7 @@ class Plan:
     autoscaling: bool = False
     portions: dict[str, dict[str, float]] = field(default_factory=dict)
     split: dict[str, int] = field(default_factory=dict)
+    later: dict[str, int] = field(default_factory=dict)
 
     def processes(self, group: str) -> int:
         """How many processes a group has (rollout: engines)."""
@@ -119,7 +121,16 @@ def _demand(name: str, section: ProcessesSection) -> GroupDemand:
 
 def make_plan(config: StageConfig) -> Plan:
     """The plan of a stage."""
-    return plan_of(demands(config), config.placement)
+    plan = plan_of(demands(config), config.placement)
+    later = config.rollout.engines - plan.processes("rollout") if isinstance(config, PPOConfig) else 0
+    return replace(plan, later={"rollout": later}) if later else plan
+
+
+def count_key(group: str, *, joining: bool = False) -> str:
+    """The configuration key of a group's number of processes, that of the engines to start with where others join."""
+    if group != "rollout":
+        return f"{group}.processes"
+    return "rollout.min_engines" if joining else "rollout.engines"
 
 
 def plan_of(asked: Sequence[GroupDemand], placement: PlacementSection) -> Plan:
@@ -154,10 +165,25 @@ def plan_of(asked: Sequence[GroupDemand], placement: PlacementSection) -> Plan:
     )
 
 
-def shortfalls(plan: Plan, available: Mapping[str, float]) -> list[str]:
-    """What the cluster lacks for a plan, in words, each with the smallest change that would fit.
+@dataclass(frozen=True)
+class Lack:
+    """A resource of which the cluster has too little as a whole.
 
-    Only totals are compared: whether every bundle fits one node is for Ray to say.
+    Attributes:
+        resource: `CPU` or `GPU`.
+        amount: how much more the plan needs.
+        words: what it needs, who takes it, and what there is.
+    """
+
+    resource: str
+    amount: float
+    words: str
+
+
+def lacks(plan: Plan, available: Mapping[str, float]) -> list[Lack]:
+    """What the cluster lacks for a plan.
+
+    Only totals are compared: whether every bundle fits one node is `layout.misfits`.
 
     Args:
         plan: the plan.
@@ -166,20 +192,33 @@ def shortfalls(plan: Plan, available: Mapping[str, float]) -> list[str]:
     found = []
     for resource in RESOURCE_KEYS:
         needed, has = plan.needed(resource), available.get(resource, 0.0)
-        if round(needed - has, 6) > 0:
+        lacking = round(needed - has, 6)
+        if lacking > 0:
             uses = ", ".join(
                 f"{group} {plan.processes(group)} x {plan.share(group, resource):g}"
                 for group in plan.groups
                 if plan.share(group, resource)
             )
-            changes = [
-                _one_change(plan, resource, needed - has) or _change_of_all(plan, resource, has),
-                f"add {needed - has:g} {resource}",
-            ]
-            found.append(
-                f"{resource}: the run needs {needed:g} ({uses}) and the cluster has {has:g}; "
-                + ", or ".join(change for change in changes if change)
-            )
+            words = f"{resource}: the run needs {needed:g} ({uses}) and the cluster has {has:g}"
+            found.append(Lack(resource, lacking, words))
+    return found
+
+
+def shortfalls(plan: Plan, available: Mapping[str, float]) -> list[str]:
+    """What the cluster lacks for a plan, in words, each with the smallest change after which the totals would do.
+
+    Args:
+        plan: the plan.
+        available: amounts of `CPU` and `GPU` that the cluster has.
+    """
+    found = []
+    for lack in lacks(plan, available):
+        changes = [
+            _one_change(plan, lack.resource, lack.amount)
+            or _change_of_all(plan, lack.resource, available.get(lack.resource, 0.0)),
+            f"add {lack.amount:g} {lack.resource}",
+        ]
+        found.append(f"{lack.words}; " + ", or ".join(change for change in changes if change))
     return found
 
 
@@ -191,13 +230,13 @@ def _one_change(plan: Plan, resource: str, lacking: float) -> str | None:
         # Groups that share have equal numbers of processes, so that none of them can have fewer by itself.
         fewer = processes - math.ceil(round(lacking / share, 6)) if share and group not in plan.portions else 0
         if fewer >= 1:
-            key = "rollout.engines" if group == "rollout" else f"{group}.processes"
+            key = count_key(group, joining=group in plan.later)
             changes.append(((processes - fewer) * share, f"lower {key} from {processes} to {fewer}"))
         # Processes of different groups can share one GPU; ranks of one group cannot, for NCCL refuses it, nor
         # can a split engine do with a fraction.
         if resource == "CPU" or (processes == 1 and share <= 1):
             nodes = plan.split.get(group, 1)
-            smaller = _smaller_share(resource, (share - lacking / processes) / nodes)
+            smaller = smaller_share(resource, (share - lacking / processes) / nodes)
             if smaller > 0:
                 change = f"lower {group}.{RESOURCE_KEYS[resource]} from {share / nodes:g} to {smaller:g}"
                 changes.append(((share - smaller * nodes) * processes, change))
@@ -209,16 +248,17 @@ def _change_of_all(plan: Plan, resource: str, has: float) -> str | None:
     shares = {group: plan.share(group, resource) for group in plan.groups if plan.share(group, resource)}
     key = RESOURCE_KEYS[resource]
     if resource == "GPU" and has == 0:
-        return f"set {', '.join(f'{group}.{key}' for group in shares)} to 0 to run on CPU"
+        cache = " with a cache of rollout.kv_cache_gib, such as 0.5" if "rollout" in shares else ""
+        return f"set {', '.join(f'{group}.{key}' for group in shares)} to 0 to run on CPU{cache}"
     factor = has / plan.needed(resource)
     nodes = {group: plan.split.get(group, 1) for group in shares}
-    smaller = {group: _smaller_share(resource, share * factor / nodes[group]) for group, share in shares.items()}
+    smaller = {group: smaller_share(resource, share * factor / nodes[group]) for group, share in shares.items()}
     if resource == "CPU" and min(smaller.values()) > 0:
         return "lower " + ", ".join(f"{group}.{key} to {share:g}" for group, share in smaller.items())
     return "lower the processes of several groups" if sum(shares.values()) <= has else None
 
 
-def _smaller_share(resource: str, limit: float) -> float:
+def smaller_share(resource: str, limit: float) -> float:
     """The largest share up to `limit` that makes sense: a GPU is cut into equal parts."""
     if resource == "GPU":
         return max((part for part in GPU_PARTS if part <= limit + 1e-6), default=0.0)

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from rlhf_ray.cli import main
+from rlhf_ray.placement.memory import PARTS
 
 
 @pytest.fixture
@@ -49,9 +50,54 @@ def test_json_holds_every_process_and_its_memory_by_part(run):
     (stage,) = found["stages"]
     assert len(stage["processes"]) == 32 + 8 + 4 + 4 + 8
     memory = stage["memory"]["policy"]
-    assert memory["total"] == pytest.approx(sum(size for name, size in memory.items() if name != "total"))
+    assert memory["total"] == pytest.approx(sum(memory[part] for part in PARTS if part in memory))
+    assert memory["at_rest"] is None  # nobody takes turns
+    assert len(stage["gpus"]) == 32 + 8 * 4 + 4 + 4 + 8
+    (first, *_) = [gpu for gpu in stage["gpus"] if gpu["processes"] == {"policy": 1}]
+    assert first["needed"] == pytest.approx(memory["total"]) == pytest.approx(sum(first["parts"].values()))
+    assert first["memory"] == 180 * 2**30 and first["unknown"] == []
     (group,) = stage["placement_groups"]
     assert group["strategy"] == "PACK" and len(group["bundles"]) == 56
+
+
+def test_json_counts_groups_that_take_turns_on_a_gpu_at_the_turn_that_takes_most(run, tmp_path):
+    nodes = tmp_path / "nodes.yaml"
+    nodes.write_text("nodes: [{name: box, cpus: 64, gpus: 1, gpu_memory_gib: 80, memory_gib: 256}]\n")
+    code, out, _ = run("configs/one_gpu.yaml", "--inventory", str(nodes), "--json")
+    assert code == 0
+    (stage,) = json.loads(out)["stages"]
+    memory, (gpu,) = stage["memory"], stage["gpus"]
+    resting = ("policy", "critic", "rollout")
+    assert all(0 < memory[group]["at_rest"] < memory[group]["total"] for group in resting)
+    turns = {
+        "engines": memory["rollout"]["total"] + memory["policy"]["at_rest"] + memory["critic"]["at_rest"],
+        "trainers": memory["rollout"]["at_rest"] + memory["policy"]["total"] + memory["critic"]["total"],
+    }
+    always = memory["reference"]["total"] + memory["reward"]["total"]
+    assert gpu["needed"] == pytest.approx(max(turns.values()) + always) == pytest.approx(sum(gpu["parts"].values()))
+    assert gpu["needed"] < sum(each["total"] for each in memory.values())
+    assert gpu["parts"]["at rest"] > 0
+
+
+def test_engines_that_join_later_are_said_in_picture_and_json(run):
+    arguments = ("configs/multi_node.yaml", "--inventory", "cluster/nodes.yaml", "rollout.min_engines=3")
+    code, out, _ = run(*arguments)
+    assert code == 0
+    (row,) = [line for line in out.splitlines() if line.startswith("rollout  ")]
+    assert row.split()[1:4] == ["3", "of", "8"]
+    assert (
+        "rollout: the 3 to start with (rollout.min_engines) of 8 (rollout.engines) are drawn; the others join as nodes "
+        "have room"
+    ) in out
+    (stage,) = json.loads(run(*arguments, "--json")[1])["stages"]
+    assert stage["joining_later"] == {"rollout": 5}
+
+
+def test_json_holds_the_changes_as_overrides(run):
+    arguments = ("configs/multi_node.yaml", "--inventory", "cluster/nodes.yaml", "--json")
+    code, out, _ = run(*arguments, "training.gradient_checkpointing=false")
+    (stage,) = json.loads(out)["stages"]
+    assert code == 1 and stage["changes"] == [["training.gradient_checkpointing=true"]]
 
 
 def test_this_machine_is_the_inventory_where_none_is_given(run):

@@ -71,7 +71,7 @@ def test_spread_processes_have_a_node_each_and_labels_are_kept_to():
     )
     layout = lay_out(plan, cluster)
     assert [seat.node for seat in layout.seats if seat.group == "rollout"] == [2, 3, 4]
-    assert misfits(plan, cluster) == [] and crowding(plan, layout) == []
+    assert misfits(plan, cluster) == [] and crowding(plan, layout) == {}
     assert plan.parts() == [("STRICT_SPREAD", [2, 3, 4]), ("PACK", [0, 1])]
 
 
@@ -136,10 +136,7 @@ def test_processes_without_room_beside_the_others_are_counted():
     plan = plan_of({"policy": (2, {"CPU": 5}), "critic": (2, {"CPU": 5})})
     layout = lay_out(plan, nodes(3))
     assert len(layout.seats) == 3 and layout.without == {"critic": 1}
-    assert crowding(plan, layout) == [
-        "critic: 1 of 2 bundles find no room beside the other groups; lower the number of processes or what each "
-        "takes, or add a node"
-    ]
+    assert crowding(plan, layout) == {"critic": "critic: 1 of 2 bundles find no room beside the other groups"}
 
 
 def test_a_configuration_names_labels_and_spread_by_group():

@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_ray.config import from_dict, load_config
 from rlhf_ray.config.sections import TrainingSection
+from rlhf_ray.placement.checks import on_gpu
 from rlhf_ray.placement.inventory import Node
 from rlhf_ray.placement.memory import GIB, cache_bytes_per_token, estimate, scorer, trainer
-from rlhf_ray.placement.overview import nearest_change, on_gpu, overview, overviews
+from rlhf_ray.placement.overview import overview, overviews
 from rlhf_ray.placement.shapes import ModelShape, find_shape, shape_from_config
 
 # 10 million parameters in matrices: a layer of 2.5, an embedding of 5.
@@ -207,7 +208,7 @@ def test_main_memory_counts_for_an_offloaded_optimizer():
     assert problem.startswith("main memory of box: 14.7 GiB needed of 14.0 (policy 7.4, critic 7.4); set training.offl")
     # Where they rest in main memory at the engines' turn, 12 bytes each are there in any case.
     (problem,) = problems(load_config("configs/one_gpu.yaml", [], "ppo"), 11)
-    assert "11.0 GiB needed of 11.0 (policy 5.5, critic 5.5); take trainers out of placement.share, where" in problem
+    assert "11.0 GiB needed of 11.0 (policy 5.5, critic 5.5); set placement.share=" in problem
 
 
 def test_groups_that_take_turns_need_the_larger_of_both_turns():
@@ -249,8 +250,9 @@ def test_an_engine_that_no_node_can_hold_is_to_be_split_over_several():
     config = load_config("configs/multi_node.yaml", ["rollout.tensor_parallel=2", "rollout.engines=1"], "ppo")
     shape = replace(SHAPE, parameters=70_000_000_000)
     nodes = [Node(name=f"n{i}", cpus=96, gpus=2, gpu_memory_gib=40, memory_gib=1500) for i in range(100)]
-    change = nearest_change(config, nodes, (("rollout", 1),), 40, lambda _: shape)
-    assert change == "set rollout.tensor_parallel=4, rollout.nodes_per_engine=2"
+    found = overview(config, nodes, lambda _: shape).found
+    (cache,) = [problem for problem in found if problem.finding.kind == "cache"]
+    assert cache.change == ("rollout.tensor_parallel=4", "rollout.nodes_per_engine=2")
 
 
 def test_from_dict_refuses_what_a_change_makes_wrong():

@@ -178,6 +178,19 @@ def test_a_cluster_without_gpus_is_offered_the_cpu():
     ]
 
 
+def test_engines_on_the_cpu_are_offered_a_cache_which_they_need_there():
+    plan = make_plan(ppo("rollout.gpus=1", "rollout.kv_cache_gib="))
+    (lack,) = shortfalls(plan, {"CPU": 11.0})
+    assert "set rollout.gpus to 0 to run on CPU with a cache of rollout.kv_cache_gib, such as 0.5, or add 3" in lack
+
+
+def test_of_engines_that_may_join_later_the_number_to_start_with_is_lowered():
+    plan = make_plan(ppo("rollout.min_engines=2", "rollout.gpus=1", "rollout.tensor_parallel=2"))
+    assert plan.processes("rollout") == 2 and plan.later == {"rollout": 1}
+    (lack,) = shortfalls(plan, {"CPU": 11.0, "GPU": 2.0})
+    assert "lower rollout.min_engines from 2 to 1, or add 2 GPU" in lack
+
+
 def test_split_engines_are_not_told_to_take_fractions():
     plan = make_plan(ppo("rollout.gpus=1", "rollout.tensor_parallel=2", "rollout.engines=1"))
     assert shortfalls(plan, {"CPU": 7.0, "GPU": 1.0}) == [
