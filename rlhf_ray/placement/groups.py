@@ -1,15 +1,17 @@
 """Placement groups: reserving what a plan asks for, with a deadline, and handing it to actors."""
 
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import (
     PlacementGroup,
@@ -21,12 +23,110 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.errors import ResourceError
 from rlhf_ray.placement.inventory import Node, node_from_ray
-from rlhf_ray.placement.layout import misfits
+from rlhf_ray.placement.layout import crowding, lay_out, misfits
 from rlhf_ray.placement.plan import Plan, shortfalls
+from rlhf_ray.placement.supply import supply
 from rlhf_ray.runtime.cluster import actor_environment
 from rlhf_ray.tracking.logs import ACTOR, LOGS, logging_environment
 
 logger = logging.getLogger(__name__)
+
+
+NODE_ID = "ray.io/node-id"
+# How long a process that joins a group that is spread is waited for, so that the next one knows its node, and how often
+# its bundles are looked at meanwhile and after.
+GRANT_S, LOOK_S, LOOK_LATER_S = 5.0, 0.05, 1.0
+
+
+class _Joining:
+    """Placement groups of processes beyond the plan.
+
+    A process of a group that is spread gets a node that none of the group's others has. Ray knows nothing of that
+    between placement groups: those that are granted are excluded by their nodes' identity. Two that wait at the same
+    time could both go to the first node that has room; then the later one's bundles are taken back, its actor dies
+    before it serves, and is started again like every engine that fails to start, with bundles elsewhere.
+    """
+
+    def __init__(self, plan: Plan, nodes: dict[str, set[str]]) -> None:
+        """
+        Args:
+            plan: the plan.
+            nodes: identities of the nodes that the plan's processes have, by group.
+        """
+        self._plan = plan
+        self._nodes = {(name, -1): found for name, found in nodes.items()}  # by group and rank; -1 for the plan's
+        self._groups: dict[tuple[str, int], PlacementGroup] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._watchers: list[threading.Thread] = []
+
+    def bundles(self, name: str, rank: int) -> PlacementGroup:
+        """The bundles of a process, like those of its group; they may still have to be granted."""
+        key, spread = (name, rank), name in self._plan.spread
+        deadline = time.monotonic() + GRANT_S
+        while (group := self._groups.get(key)) is None:
+            group = self._groups[key] = self._ask(name, spread)
+            if not spread:
+                break
+            settled = threading.Event()
+            self._watchers.append(threading.Thread(target=self._settle, args=(key, group, settled), daemon=True))
+            self._watchers[-1].start()
+            settled.wait(max(0.0, deadline - time.monotonic()))
+        return group
+
+    def _ask(self, name: str, spread: bool) -> PlacementGroup:
+        labels = dict(self._plan.labels.get(name, {}))
+        taken = sorted(self._taken(name))
+        if spread and taken:
+            labels[NODE_ID] = f"!in({','.join(taken)})"
+        parts = self._plan.split.get(name, 1)
+        strategy = "STRICT_SPREAD" if spread else "PACK"
+        return placement_group(
+            [self._plan.takes(name)] * parts, strategy=strategy, bundle_label_selector=[labels] * parts
+        )
+
+    def _taken(self, name: str) -> set[str]:
+        """Identities of the nodes that processes of a group have."""
+        with self._lock:
+            return {node for (group, _), nodes in self._nodes.items() if group == name for node in nodes}
+
+    def _settle(self, key: tuple[str, int], group: PlacementGroup, settled: threading.Event) -> None:
+        """Wait until bundles are granted, and take them back where another process of the group has their node."""
+        asked = time.monotonic()
+        while self._groups.get(key) is group:
+            found = placement_group_table(group)
+            if found["state"] == "CREATED":
+                nodes = set(map(str, found["bundles_to_node_id"].values()))
+                with self._lock:
+                    if self._groups.get(key) is not group:
+                        break  # given back meanwhile
+                    shared = any(nodes & of for (name, _), of in self._nodes.items() if name == key[0])
+                    if not shared:
+                        self._nodes[key] = nodes
+                        break
+                    del self._groups[key]
+                remove_placement_group(group)
+                logger.info("%s-%d got a node that another %s has; it is placed again", *key, key[0])
+                break
+            if self._closed.wait(LOOK_S if time.monotonic() < asked + GRANT_S else LOOK_LATER_S):
+                break
+        settled.set()
+
+    def release(self, name: str, rank: int) -> None:
+        """Give back the bundles of a process, if it has any here."""
+        with self._lock:
+            group = self._groups.pop((name, rank), None)
+            self._nodes.pop((name, rank), None)
+        if group is not None:
+            remove_placement_group(group)
+
+    def close(self) -> None:
+        """Give back all bundles."""
+        self._closed.set()
+        for watcher in self._watchers:  # which talk to Ray, and that may end after this
+            watcher.join()
+        for key in list(self._groups):
+            self.release(*key)
 
 
 @dataclass(frozen=True)
@@ -37,7 +137,7 @@ class Placement:
     seats: list[tuple[PlacementGroup, int]]  # of each bundle of the plan
     order: dict[str, list[int]]  # group -> bundle of each rank, ranks following nodes
     logs: Path  # folder of the actors' logs
-    extra: dict[tuple[str, int], PlacementGroup] = field(default_factory=dict)  # of processes beyond the plan
+    joining: _Joining  # of processes beyond the plan
 
     def environment(self, name: str, cpus: float) -> dict[str, str]:
         """Environment of an actor: its threads, its name and where it logs."""
@@ -51,7 +151,8 @@ class Placement:
     def options(self, name: str, rank: int, part: int = 0) -> dict[str, Any]:
         """Ray actor options for process `rank` of group `name`: its bundle, resources, threads and readable name.
 
-        A rank beyond the plan gets bundles of its own, like those of its group; its actor waits until they are granted.
+        A rank beyond the plan gets bundles of its own, like those of its group, and a node of its own where the group
+        is spread; its actor waits until they are granted.
 
         Args:
             name: the group.
@@ -64,10 +165,7 @@ class Placement:
         if rank < self.plan.processes(name):
             group, index = self.seats[self.order[name][rank * nodes + part]]
         else:
-            if (name, rank) not in self.extra:
-                labels = [self.plan.labels.get(name, {})] * nodes
-                self.extra[name, rank] = placement_group([resources] * nodes, bundle_label_selector=labels)
-            group, index = self.extra[name, rank], part
+            group, index = self.joining.bundles(name, rank), part
         actor = f"{name}-{rank}" + (f"-part-{part}" if part else "")
         return {
             "name": actor,
@@ -80,9 +178,14 @@ class Placement:
         }
 
     def release(self, name: str, rank: int) -> None:
-        """Give back the bundles of a rank beyond the plan; those of the plan stay reserved."""
-        if (name, rank) in self.extra:
-            remove_placement_group(self.extra.pop((name, rank)))
+        """Give back the bundles of a rank beyond the plan; those of the plan stay reserved until the run ends.
+
+        Ray's placement groups are given back whole, and the plan's holds other processes, too, which sit together
+        because of it. So an engine that leaves frees its node or GPUs for others only if it joined after the start:
+        `rollout.min_engines` says how many do not. The bundles that stay are there at once for an engine that comes
+        back.
+        """
+        self.joining.release(name, rank)
 
 
 @contextmanager
@@ -112,18 +215,19 @@ def reserve(plan: Plan, logs: Path) -> Iterator[Placement]:
             )
             held.append(group)
             # One after the other: asked for together, the packed could take a node that the spread need.
-            _await(group, plan, deadline, granted=list(seats))
+            _await(group, plan, deadline, held[:-1])
             seats |= {bundle: (group, place) for place, bundle in enumerate(bundles)}
         tables = {group.id: placement_group_table(group)["bundles_to_node_id"] for group in held}
         node_of = [str(tables[seats[index][0].id][seats[index][1]]) for index in range(len(plan.bundles))]
         order = {
             name: sorted(bundles, key=lambda index: (node_of[index], index)) for name, bundles in plan.groups.items()
         }
-        placement = Placement(plan, [seats[index] for index in range(len(plan.bundles))], order, logs)
+        nodes = {name: {node_of[index] for index in bundles} for name, bundles in plan.groups.items()}
+        joining = _Joining(plan, nodes)
         try:
-            yield placement
+            yield Placement(plan, [seats[index] for index in range(len(plan.bundles))], order, logs, joining)
         finally:
-            held += placement.extra.values()
+            joining.close()
     finally:
         for group in held:
             remove_placement_group(group)
@@ -134,20 +238,30 @@ def inventory() -> list[Node]:
     return [node_from_ray(entry) for entry in ray.nodes() if entry["Alive"]]
 
 
-def _await(group: PlacementGroup, plan: Plan, deadline: float, granted: list[int]) -> None:
-    """Wait until the group is granted; the bundles in `granted` are held already."""
+def _await(group: PlacementGroup, plan: Plan, deadline: float, held: list[PlacementGroup]) -> None:
+    """Wait until the group is granted; those in `held` are the plan's own and granted already."""
     try:
         ray.get(group.ready(), timeout=max(0.0, deadline - time.monotonic()))
     except GetTimeoutError:
-        free = Counter(ray.available_resources())
-        for index in granted:
-            free.update(plan.bundles[index])
-        busy = shortfalls(plan, free)
         raise ResourceError(
             f"placement: {len(plan.bundles)} bundles not granted within {plan.timeout_s:g} s (placement.timeout_s). "
-            + (
-                "Other work holds what is needed:\n" + "\n".join(busy)
-                if busy
-                else "Other work holds the nodes that they fit on"
-            )
+            + "\n".join(_reasons(plan, held))
         ) from None
+
+
+def _reasons(plan: Plan, held: list[PlacementGroup]) -> list[str]:
+    """Why a plan was not granted: the cluster as it is, or the work of others; then each group's share, in numbers."""
+    entries = [entry for entry in ray.nodes() if entry["Alive"]]
+    nodes = [node_from_ray(entry) for entry in entries]
+    left = {node: Counter(amounts) for node, amounts in available_resources_per_node().items()}
+    for group in held:
+        table = placement_group_table(group)
+        for index, node in table["bundles_to_node_id"].items():
+            left.setdefault(str(node), Counter()).update(table["bundles"][index])
+    lines = supply(plan, [(node, left.get(entry["NodeID"], {})) for node, entry in zip(nodes, entries, strict=True)])
+    came = ", and no node came in that time" if plan.autoscaling else ""
+    if lacking := shortfalls(plan, ray.cluster_resources()) or misfits(plan, nodes):
+        return [f"The cluster is too small, whatever runs on it{came}:", *lacking, *lines]
+    if crowded := crowding(plan, lay_out(plan, nodes)):
+        return [f"Its nodes do not hold all of them at once, whatever runs on them{came}:", *crowded.values(), *lines]
+    return ["Other work holds what is needed; wait for it, or ask for less:", *lines]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -100,20 +101,71 @@ def main(out: Path) -> None:
             "too large": plan_of({"policy": (1, 5)}),
             "too many": plan_of({"policy": (40, 1)}),
             "too spread": plan_of({"policy": (9, 0.5)}, spread=("policy",)),
-            "autoscaling": plan_of({"policy": (40, 1)}, autoscaling=True),
+            "autoscaling": plan_of({"policy": (40, 1), "rollout": (1, 1)}, autoscaling=True),
+            "crowded": plan_of({"policy": (2, 3)}),
         }
         for case, plan in refused.items():
             found["errors"][case] = refusal(plan, out.parent)
-        other = placement_group([{"CPU": 4}])
-        ray.get(other.ready(), timeout=30)
-        found["errors"]["busy"] = refusal(plan_of({"policy": (5, 1)}), out.parent)
-        remove_placement_group(other)
+        for case, taken, plan in (
+            ("busy", {"CPU": 4.0}, plan_of({"policy": (5, 1)})),
+            ("busy label", {"CPU": 1.5}, plan_of({"policy": (2, 1), "rollout": (3, 1)}, labels=labels)),
+            ("busy spread", {"CPU": 1.5}, plan_of({"policy": (1, 1), "rollout": (3, 1)}, spread=("rollout",))),
+        ):
+            place = "trainer" if case == "busy" else "gpu-a"
+            other = placement_group([taken], bundle_label_selector=[{"name": place}])
+            ray.get(other.ready(), timeout=30)
+            found["errors"][case] = refusal(plan, out.parent)
+            remove_placement_group(other)
+        with reserve(plan_of({"rollout": (1, 1)}, spread=("rollout",), timeout_s=60.0), out.parent) as placed:
+            found["joined"] = joined(placed, cluster)
         table = placement_group_table().values()
         found["left"] = [group["state"] for group in table if group["state"] not in ("REMOVED",)]
     finally:
         ray.shutdown()
         cluster.shutdown()
     out.write_text(json.dumps(found))
+
+
+def joined(placement: Placement, cluster: Cluster) -> dict[str, Any]:
+    """Nodes of engines that join one by one and at once, first on nodes that are there and then on new ones."""
+
+    class Engine:
+        def where(self) -> str:
+            return ray.get_runtime_context().get_node_labels()["name"]
+
+    def launch(rank: int) -> Any:
+        return ray.remote(Engine).options(**placement.options("rollout", rank)).remote()
+
+    engines = {rank: launch(rank) for rank in range(3)}
+    found: dict[str, Any] = {"there": ray.get([engine.where.remote() for engine in engines.values()], timeout=60)}
+    # Two for which no node is left wait at the same time, and the first new node has room for both.
+    engines |= {rank: launch(rank) for rank in (3, 4)}
+    cluster.add_node(num_cpus=4, labels={"name": "new-0"})
+    found["first"] = answers(engines, (3, 4))
+    (late,) = [rank for rank in (3, 4) if found["first"][rank] is None]
+    # It is started again as the pool does with an engine that fails to start, and joins on the next new node.
+    again = ray.remote(Engine).options(**{**placement.options("rollout", late), "name": "again"}).remote()
+    cluster.add_node(num_cpus=4, labels={"name": "new-1"})
+    found["second"] = ray.get(again.where.remote(), timeout=60)
+    placement.release("rollout", 1)
+    for engine in (*engines.values(), again):
+        ray.kill(engine)
+    found["after release"] = sum(group["state"] == "CREATED" for group in placement_group_table().values())
+    return found
+
+
+def answers(engines: dict[int, Any], ranks: tuple[int, ...]) -> dict[int, str | None]:
+    """Where engines are; None for one that died."""
+    found: dict[int, str | None] = {}
+    for rank in ranks:
+        try:
+            # Asked twice: what takes a place that it must not have may live for a moment.
+            ray.get(engines[rank].where.remote(), timeout=60)
+            time.sleep(3)
+            found[rank] = ray.get(engines[rank].where.remote(), timeout=60)
+        except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError):
+            found[rank] = None
+    return found
 
 
 def refusal(plan: Plan, logs: Path) -> str:

@@ -58,12 +58,56 @@ def test_the_plan_foretells_how_many_processes_each_node_gets(found: dict[str, A
         ("too large", "a process needs 5 CPU on one node, and the nodes have at most 4 CPU each; lower policy.cpus"),
         ("too many", "CPU: the run needs 40 (policy 40 x 1) and the cluster has"),
         ("too spread", "placement.spread puts its 9 bundles on a node each"),
-        ("busy", "bundles not granted within 3 s (placement.timeout_s). Other work holds what is needed:\nCPU: "),
-        ("autoscaling", "bundles not granted within 3 s (placement.timeout_s)"),
+        (
+            "autoscaling",
+            "within 3 s (placement.timeout_s). The cluster is too small, whatever runs on it, and no node came in that "
+            "time:\nCPU: the run needs 41 (policy 40 x 1, rollout 1 x 1) and the cluster has 8; ",
+        ),
+        (
+            "autoscaling",
+            "\npolicy: required 40 x 1 CPU; available 8 of 8 CPU free (at most 4 on one node), with room for 8 of 40\n"
+            "rollout: required 1 x 1 CPU; available 8 of 8 CPU free (at most 4 on one node), with room for 1 of 1",
+        ),
+        (
+            "crowded",
+            "(placement.timeout_s). Its nodes do not hold all of them at once, whatever runs on them:\npolicy: 1 of 2 "
+            "bundles find no room beside the other groups\npolicy: required 2 x 3 CPU; available 8 of 8 CPU free (at "
+            "most 4 on one node), with room for 1 of 2",
+        ),
+        (
+            "busy",
+            "(placement.timeout_s). Other work holds what is needed; wait for it, or ask for less:\n"
+            "policy: required 5 x 1 CPU; available 4 of 8 CPU free (at most 2 on one node), with room for 4 of 5",
+        ),
+        (
+            "busy label",
+            "Other work holds what is needed; wait for it, or ask for less:\n"
+            "policy: required 2 x 1 CPU on nodes with role=trainer; available 4 of 4 CPU free (at most 4 on one node), "
+            "with room for 2 of 2\n"
+            "rollout: required 3 x 1 CPU on nodes with role=rollout; available 2.5 of 4 CPU free (at most 2 on one "
+            "node), with room for 2 of 3",
+        ),
+        (
+            "busy spread",
+            "rollout: required 3 x 1 CPU on a node each; available 6.5 of 8 CPU free (at most 4 on one node), with "
+            "room for 2 of 3",
+        ),
     ],
 )
 def test_what_cannot_be_placed_is_one_error(found: dict[str, Any], case: str, message: str):
     assert message in found["errors"][case]
+
+
+def test_engines_that_join_a_group_that_is_spread_get_a_node_each(found: dict[str, Any]):
+    joined = found["joined"]
+    assert sorted(joined["there"]) == ["gpu-a", "gpu-b", "trainer"]
+    assert sorted(map(str, joined["first"].values())) == ["None", "new-0"]
+    assert joined["second"] == "new-1"
+
+
+def test_bundles_of_an_engine_that_joined_are_given_back_when_it_leaves(found: dict[str, Any]):
+    """Those of the plan and of ranks 2 to 4 are left."""
+    assert found["joined"]["after release"] == 4
 
 
 def test_nothing_stays_reserved_whatever_happened(found: dict[str, Any]):
