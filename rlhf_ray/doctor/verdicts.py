@@ -404,7 +404,9 @@ def judge_placement(stage: str, plan: Plan, available: Mapping[str, float], node
         nodes: all nodes, with their labels.
     """
     total = {name: sum(node.amounts[name] for node in nodes) for name in RESOURCE_KEYS}
-    lacks = shortfalls(plan, total) or misfits(plan, nodes) or crowding(plan, lay_out(plan, nodes))
+    remedy = "lower the number of processes or what each takes, or add a node; `rlhf-ray plan` proposes numbers"
+    crowded = [f"{words}; {remedy}" for words in crowding(plan, lay_out(plan, nodes)).values()]
+    lacks = shortfalls(plan, total) or misfits(plan, nodes) or crowded
     deadline = f"{plan.timeout_s:g} s (placement.timeout_s)"
     if lacks and plan.autoscaling:
         waits = f"a run waits up to {deadline} for an autoscaler to add nodes, and fails without; or"

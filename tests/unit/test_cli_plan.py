@@ -128,8 +128,9 @@ def test_an_inventory_without_gpus_is_one_error_that_says_what_to_change(run, tm
     assert code == 1
     (problem,) = [line for line in out.splitlines() if line.startswith("problem: ")]
     assert problem.startswith("problem: GPU: the run needs 80 (policy 32 x 1, rollout 8 x 4, ")
-    assert " and the cluster has 0; set policy.gpus, rollout.gpus, " in problem
-    assert problem.endswith(" to 0 to run on CPU, or add 80 GPU")
+    assert " and the cluster has 0; set policy.gpus=0, rollout.gpus=0, " in problem
+    assert "rollout.kv_cache_gib=" in problem  # which an engine on CPUs cannot do without
+    assert " or add " in problem and problem.endswith("GPU")
     assert err == "error: configs/multi_node.yaml does not fit: 1 problem, see above\n"
 
 
