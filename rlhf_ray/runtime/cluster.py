@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import ray
 from ray.exceptions import RayError
 
+from rlhf_ray.runtime.ports import check_port_of_head
 from rlhf_ray.runtime.reach import check_reachable, explained
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,8 @@ def connection(address: str | None = None, asked: str = "run.ray_address") -> It
         asked: what gave the address, for errors.
 
     Raises:
-        ResourceError: no cluster answers at the address, it refuses this process, or has other versions.
+        ResourceError: no cluster answers at the address, it refuses this process, or has other versions; or the port
+            that a new one is to have is in use.
     """
     if ray.is_initialized():
         yield
@@ -37,6 +39,7 @@ def connection(address: str | None = None, asked: str = "run.ray_address") -> It
     if address:
         _join(address, asked)
     else:
+        check_port_of_head()
         ray.init(
             "local",  # a cluster that `ray start` left on this machine would be joined otherwise
             include_dashboard=False,

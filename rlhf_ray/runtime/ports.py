@@ -1,8 +1,16 @@
-"""Ports that stay ours between the moment they are chosen and the moment somebody listens on them."""
+"""Ports that stay ours between the moment they are chosen and the moment somebody listens on them, and one that a user
+may have chosen.
+"""
 
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from rlhf_ray.errors import ResourceError
+
+# The environment variable by which Ray is told where the head of a new cluster listens.
+HEAD_PORT = "RAY_GCS_SERVER_PORT"
 
 
 @contextmanager
@@ -17,3 +25,28 @@ def held_port(host: str) -> Iterator[int]:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind((host, 0))
         yield holder.getsockname()[1]
+
+
+def check_port_of_head() -> None:
+    """Look at the one port of a cluster of our own that a user can set; all others are the system's choice.
+
+    Ray itself ends in a traceback after some forty seconds where it cannot listen there.
+
+    Raises:
+        ResourceError: it is in use, or no port.
+    """
+    text = os.environ.get(HEAD_PORT)
+    if not text:
+        return
+    if not text.isdecimal() or not 0 <= int(text) < 2**16:
+        raise ResourceError(f"{HEAD_PORT}: found {text!r}, expected a port such as 6379; set one, or unset it")
+    with socket.socket() as trial:
+        # A port whose last connections have just ended is free to a listener.
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(("", int(text)))
+        except OSError as error:
+            raise ResourceError(
+                f"{HEAD_PORT}: Ray cannot listen on port {text} of this machine ({error}); set another port, or unset "
+                "the variable and let Ray choose a free one"
+            ) from None

@@ -6,7 +6,9 @@ import socket
 import pytest
 from vllm.distributed.utils import StatelessProcessGroup
 
-from rlhf_ray.runtime.ports import held_port
+from rlhf_ray.errors import ResourceError
+from rlhf_ray.runtime.cluster import connection
+from rlhf_ray.runtime.ports import HEAD_PORT, check_port_of_head, held_port
 
 
 def test_vllm_listens_on_the_port_while_it_is_held():
@@ -27,3 +29,31 @@ def test_nobody_else_gets_the_port():
 def test_no_two_blocks_hold_the_same_port():
     with held_port("127.0.0.1") as one, held_port("127.0.0.1") as other:
         assert one != other
+
+
+def test_a_port_in_use_is_one_error_before_ray_starts(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        monkeypatch.setenv(HEAD_PORT, str(port))
+        with pytest.raises(ResourceError) as refused, connection():
+            pytest.fail("started")
+    text = str(refused.value)
+    assert text.startswith(f"RAY_GCS_SERVER_PORT: Ray cannot listen on port {port} of this machine (")
+    assert "already in use" in text and "set another port" in text
+    check_port_of_head()  # it is free again
+
+
+def test_what_is_no_port_is_one_error(monkeypatch):
+    for text in ("head", "70000"):
+        monkeypatch.setenv(HEAD_PORT, text)
+        with pytest.raises(ResourceError, match=f"^RAY_GCS_SERVER_PORT: found '{text}', expected a port"):
+            check_port_of_head()
+
+
+def test_the_variable_is_that_of_the_installed_ray():
+    from ray._private import ray_constants
+
+    assert ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE == HEAD_PORT
