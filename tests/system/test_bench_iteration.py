@@ -4,14 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-import ray
 
 from rlhf_ray.bench.iteration import IterationWorkload, bench_iteration, built_in_config
 from rlhf_ray.bench.random_models import write_llama
 from rlhf_ray.bench.report import iteration_lines
 from rlhf_ray.bench.workload import LogNormal
 from rlhf_ray.cli import main
-from rlhf_ray.placement.plan import make_plan
 
 TINY = {
     "hidden_size": 128,
@@ -26,16 +24,12 @@ TINY = {
 
 
 @pytest.mark.system
-def test_an_iteration_and_the_bare_work_in_it_are_measured(tmp_path: Path):
+def test_an_iteration_and_the_bare_work_in_it_are_measured(ray_cluster: None, tmp_path: Path):
     workload = IterationWorkload(TINY, 6, 8, LogNormal(12, 0.9, 40))
     overrides = ["rollout.enforce_eager=true", "rollout.kv_cache_gib=0.05", "run.timeout_s=120"]
-    config = built_in_config(workload, "fp32", tmp_path, 3, overrides)
-    cpus = int(make_plan(config).needed("CPU")) + 1
-    ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, namespace="bench")
-    try:
-        row = bench_iteration(config, workload)
-    finally:
-        ray.shutdown()
+    # Other tests' groups hold their share of the same cluster.
+    overrides += ["rollout.cpus=0.5", *(f"{name}.cpus=0.25" for name in ("policy", "critic", "reference", "reward"))]
+    row = bench_iteration(built_in_config(workload, "fp32", tmp_path, 3, overrides), workload)
     assert row["iteration_s"]["min"] > 0
     parts = sum(row["parts_s"][name]["median"] for name in row["parts_s"])
     assert 0.5 * row["iteration_s"]["median"] < parts < 1.5 * row["iteration_s"]["median"]
