@@ -165,6 +165,34 @@ def test_the_pretraining_mix_trains_on_the_demonstrations(shared: Shared):
     assert rows[-1]["loss/ptx_avg"] < rows[0]["loss/ptx_avg"] - 0.2
 
 
+@pytest.fixture(scope="module")
+def learned(shared: Shared) -> list[dict[str, Any]]:
+    """Ten iterations of 64 responses and eight optimizer steps, with nothing but the function's reward."""
+    ppo = {"iterations": 10, "prompts_per_iteration": 16, "epochs": 2, "minibatches": 4}
+    rows = shared.train(shared.config("learning", rollout={"samples_per_prompt": 4}, ppo=ppo))
+    shared.groups.policy.save(str(shared.inputs.folder / "learned")).result()
+    return rows
+
+
+def test_ppo_learns_what_the_reward_function_pays_for(learned: list[dict[str, Any]]):
+    scores = [row["objective/scores"] for row in learned]
+    assert sum(scores[:2]) / 2 < 0.6
+    assert sum(scores[-3:]) / 3 > 0.75
+    assert learned[-1]["objective/kl"] > learned[0]["objective/kl"]
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_in_the_loss_leads_back_to_the_reference(shared: Shared, learned: list[dict[str, Any]], estimator: str):
+    shared.groups.policy.load(str(shared.inputs.folder / "learned")).result()
+    ppo = {"iterations": 7, "kl_placement": "loss", "kl_estimator": estimator, "kl_coef": 10.0, "minibatches": 4}
+    rows = shared.train(shared.config(f"loss_{estimator}", ppo=ppo))
+    for row in rows:
+        assert row["objective/non_score_reward"] == 0.0
+        assert row["objective/rlhf_reward"] == row["objective/scores"]
+        assert row["loss/kl_avg"] > 0
+    assert rows[-1]["objective/kl"] < 0.8 * rows[0]["objective/kl"]
+
+
 @pytest.mark.parametrize(("bound", "minibatches"), [(1, 1), (2, 2)])
 def test_sampling_ahead_of_training_keeps_to_the_bound(shared: Shared, bound: int, minibatches: int):
     ppo = {"iterations": 6, "max_staleness": bound, "minibatches": minibatches}
@@ -193,31 +221,3 @@ def test_a_run_that_samples_ahead_and_is_stopped_draws_what_it_had_begun_again(s
     findings = verify(Path(config.run.dir))
     assert [one.problem for one in findings if one.problem] == []
     assert "40 drawn of 20, each once an epoch" in [one.found for one in findings]
-
-
-@pytest.fixture(scope="module")
-def learned(shared: Shared) -> list[dict[str, Any]]:
-    """Ten iterations of 64 responses and eight optimizer steps, with nothing but the function's reward."""
-    ppo = {"iterations": 10, "prompts_per_iteration": 16, "epochs": 2, "minibatches": 4}
-    rows = shared.train(shared.config("learning", rollout={"samples_per_prompt": 4}, ppo=ppo))
-    shared.groups.policy.save(str(shared.inputs.folder / "learned")).result()
-    return rows
-
-
-def test_ppo_learns_what_the_reward_function_pays_for(learned: list[dict[str, Any]]):
-    scores = [row["objective/scores"] for row in learned]
-    assert sum(scores[:2]) / 2 < 0.6
-    assert sum(scores[-3:]) / 3 > 0.75
-    assert learned[-1]["objective/kl"] > learned[0]["objective/kl"]
-
-
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_kl_in_the_loss_leads_back_to_the_reference(shared: Shared, learned: list[dict[str, Any]], estimator: str):
-    shared.groups.policy.load(str(shared.inputs.folder / "learned")).result()
-    ppo = {"iterations": 7, "kl_placement": "loss", "kl_estimator": estimator, "kl_coef": 10.0, "minibatches": 4}
-    rows = shared.train(shared.config(f"loss_{estimator}", ppo=ppo))
-    for row in rows:
-        assert row["objective/non_score_reward"] == 0.0
-        assert row["objective/rlhf_reward"] == row["objective/scores"]
-        assert row["loss/kl_avg"] > 0
-    assert rows[-1]["objective/kl"] < 0.8 * rows[0]["objective/kl"]
