@@ -134,7 +134,7 @@ def scored(setup: Setup) -> list[ScoredTrajectory]:
     prompts, trajectories = rollout()
     arrival = torch.randperm(len(trajectories), generator=torch.Generator().manual_seed(1)).tolist()
     stream = [[trajectories[i] for i in arrival[:5]], [trajectories[i] for i in arrival[5:]]]
-    return setup.scorer.score(stream, prompts)
+    return setup.scorer.score(stream, prompts, with_values=True)
 
 
 def test_scores_come_in_the_order_of_prompts_and_samples_whatever_the_order_of_arrival(scored: list[ScoredTrajectory]):
@@ -263,7 +263,7 @@ def faulty(kind: str, fault: str, count: int = 2) -> tuple[dict[str, Prompt], li
 def test_a_function_that_fails_is_one_error_that_names_it_and_what_to_do(setup: Setup, fault: str, message: str):
     prompts, trajectories = faulty("strict", fault)
     with pytest.raises(RewardError, match=message) as raised:
-        setup.scorer.score([trajectories], prompts)
+        setup.scorer.score([trajectories], prompts, with_values=True)
     text = str(raised.value)
     assert "reward_functions:strict" in text
     assert "on_error: exclude" in text
@@ -279,8 +279,10 @@ def test_a_function_that_fails_excludes_its_samples_where_the_configuration_says
 ):
     prompts, trajectories = faulty("lenient", fault)
     good_prompts, good = rollout(3, 1)
-    scored = setup.scorer.score([trajectories], prompts)
-    scored += setup.scorer.score([good], good_prompts)  # it serves again afterwards, whatever happened
+    scored = setup.scorer.score([trajectories], prompts, with_values=True)
+    scored += setup.scorer.score(
+        [good], good_prompts, with_values=True
+    )  # it serves again afterwards, whatever happened
     assert "reward-lenient" in named_actors()
     experience = build_experience(scored, None, setup.config, 0.0, RunningNormalizer())
     assert len(experience.policy) == len(experience.critic) == kept + len(good)
@@ -294,6 +296,6 @@ def test_a_function_that_fails_excludes_its_samples_where_the_configuration_says
 
 def test_a_run_without_a_single_score_is_an_error(setup: Setup):
     prompts, trajectories = faulty("lenient", "raise")
-    scored = setup.scorer.score([trajectories], prompts)
+    scored = setup.scorer.score([trajectories], prompts, with_values=True)
     with pytest.raises(RewardError, match=r"no reward scored any of the 2 responses"):
         build_experience(scored, None, setup.config, 0.0, RunningNormalizer())
