@@ -23,3 +23,16 @@ def shared_dir() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("needs the folder `shared` with real data beside the checkout")
     return SHARED
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that is in no Ray cluster, though other tests may have one here; and none is to be started."""
+    import ray
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("Ray itself was asked")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray, "shutdown", refuse)

@@ -127,7 +127,7 @@ def test_a_configuration_that_cannot_be_told(tmp_path):
         read_needs(tmp_path / "none.yaml", [])
 
 
-def test_an_address_where_nothing_listens_is_one_error(capsys):
+def test_an_address_where_nothing_listens_is_one_error(alone, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["doctor", "--address", "127.0.0.1:9"])
     assert ended.value.code == 1

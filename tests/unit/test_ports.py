@@ -31,7 +31,7 @@ def test_no_two_blocks_hold_the_same_port():
         assert one != other
 
 
-def test_a_port_in_use_is_one_error_before_ray_starts(monkeypatch):
+def test_a_port_in_use_is_one_error_before_ray_starts(alone, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with socket.socket() as listener:
         listener.bind(("", 0))

@@ -51,7 +51,7 @@ def silent():
         ("http://127.0.0.1:8265", "expected HEAD:PORT"),
     ],
 )
-def test_an_address_where_nothing_is_names_what_gave_it_and_what_was_found(closed, address, found):
+def test_an_address_where_nothing_is_names_what_gave_it_and_what_was_found(alone, closed, address, found):
     address = address.format(closed=closed)
     with pytest.raises(ResourceError) as refused, connection(address, "--address"):
         pytest.fail("connected")
@@ -68,14 +68,16 @@ def test_what_listens_and_is_no_ray_head_has_a_deadline(silent, monkeypatch, sch
         reach.check_reachable(f"{scheme}127.0.0.1:{silent}", "run.ray_address")
 
 
-def test_an_address_of_the_environment_is_named_as_such(closed, monkeypatch):
+def test_an_address_of_the_environment_is_named_as_such(alone, closed, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed}")
     for address, asked in ((None, "RAY_ADDRESS"), ("auto", "run.ray_address")):
         with pytest.raises(ResourceError, match=rf"^{asked}: no Ray cluster answers at .*refused"), connection(address):
             pytest.fail("connected")
 
 
-def test_a_run_at_an_address_where_nothing_answers_is_one_error_and_can_be_started_again(closed, tmp_path, monkeypatch):
+def test_a_run_at_an_address_where_nothing_answers_is_one_error_and_can_be_started_again(
+    alone, closed, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     row = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}\n'
     Path("demos.jsonl").write_text(row * 3)
