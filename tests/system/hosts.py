@@ -142,11 +142,12 @@ def configuration(folder: Path, engines: dict[str, int]) -> Path:
 
 def main(out: Path, engines: dict[str, int]) -> None:
     from ray.util.state import list_actors, list_nodes
+    from ray.util.state.exception import ServerUnavailable
 
     def joined() -> int:
         try:
             return len(list_nodes(address=DASHBOARD, filters=[("state", "=", "ALIVE")]))
-        except requests.RequestException:  # the dashboard still starts
+        except (requests.RequestException, ServerUnavailable):  # the dashboard still starts
             return 0
 
     folder = Path(tempfile.mkdtemp(prefix="hosts", dir="/tmp"))
