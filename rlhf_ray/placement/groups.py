@@ -1,7 +1,6 @@
 """Placement groups: reserving what a plan asks for, with a deadline, and handing it to actors."""
 
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -33,18 +32,16 @@ logger = logging.getLogger(__name__)
 
 
 NODE_ID = "ray.io/node-id"
-# How long a process that joins a group that is spread is waited for, so that the next one knows its node, and how often
-# its bundles are looked at meanwhile and after.
-GRANT_S, LOOK_S, LOOK_LATER_S = 5.0, 0.05, 1.0
+# How long a process that joins a group that is spread is waited for, so that the next one knows its node.
+GRANT_S = 5.0
 
 
 class _Joining:
     """Placement groups of processes beyond the plan.
 
     A process of a group that is spread gets a node that none of the group's others has. Ray knows nothing of that
-    between placement groups: those that are granted are excluded by their nodes' identity. Two that wait at the same
-    time could both go to the first node that has room; then the later one's bundles are taken back, its actor dies
-    before it serves, and is started again like every engine that fails to start, with bundles elsewhere.
+    between placement groups: nodes that are taken are excluded by their identity. Two that wait for nodes to come may
+    both be granted the first one (`doubled`).
     """
 
     def __init__(self, plan: Plan, nodes: dict[str, set[str]]) -> None:
@@ -54,79 +51,54 @@ class _Joining:
             nodes: identities of the nodes that the plan's processes have, by group.
         """
         self._plan = plan
-        self._nodes = {(name, -1): found for name, found in nodes.items()}  # by group and rank; -1 for the plan's
+        self._nodes = nodes
         self._groups: dict[tuple[str, int], PlacementGroup] = {}
-        self._lock = threading.Lock()
-        self._closed = threading.Event()
-        self._watchers: list[threading.Thread] = []
 
     def bundles(self, name: str, rank: int) -> PlacementGroup:
         """The bundles of a process, like those of its group; they may still have to be granted."""
-        key, spread = (name, rank), name in self._plan.spread
-        deadline = time.monotonic() + GRANT_S
-        while (group := self._groups.get(key)) is None:
-            group = self._groups[key] = self._ask(name, spread)
-            if not spread:
-                break
-            settled = threading.Event()
-            self._watchers.append(threading.Thread(target=self._settle, args=(key, group, settled), daemon=True))
-            self._watchers[-1].start()
-            settled.wait(max(0.0, deadline - time.monotonic()))
-        return group
+        key = name, rank
+        if key not in self._groups:
+            self._groups[key] = self._ask(name)
+            if name in self._plan.spread:
+                self._groups[key].wait(GRANT_S)
+        return self._groups[key]
 
-    def _ask(self, name: str, spread: bool) -> PlacementGroup:
-        labels = dict(self._plan.labels.get(name, {}))
-        taken = sorted(self._taken(name))
-        if spread and taken:
-            labels[NODE_ID] = f"!in({','.join(taken)})"
+    def _ask(self, name: str) -> PlacementGroup:
+        labels, spread = dict(self._plan.labels.get(name, {})), name in self._plan.spread
+        if spread and (taken := self._taken(name)):
+            labels[NODE_ID] = f"!in({','.join(sorted(taken))})"
         parts = self._plan.split.get(name, 1)
         strategy = "STRICT_SPREAD" if spread else "PACK"
         return placement_group(
             [self._plan.takes(name)] * parts, strategy=strategy, bundle_label_selector=[labels] * parts
         )
 
-    def _taken(self, name: str) -> set[str]:
-        """Identities of the nodes that processes of a group have."""
-        with self._lock:
-            return {node for (group, _), nodes in self._nodes.items() if group == name for node in nodes}
+    def _taken(self, name: str, but: int | None = None) -> set[str]:
+        """Identities of the nodes that processes of a group have, but for one of those beyond the plan."""
+        joined = [_nodes_of(group) for (of, rank), group in self._groups.items() if of == name and rank != but]
+        return self._nodes[name].union(*joined)
 
-    def _settle(self, key: tuple[str, int], group: PlacementGroup, settled: threading.Event) -> None:
-        """Wait until bundles are granted, and take them back where another process of the group has their node."""
-        asked = time.monotonic()
-        while self._groups.get(key) is group:
-            found = placement_group_table(group)
-            if found["state"] == "CREATED":
-                nodes = set(map(str, found["bundles_to_node_id"].values()))
-                with self._lock:
-                    if self._groups.get(key) is not group:
-                        break  # given back meanwhile
-                    shared = any(nodes & of for (name, _), of in self._nodes.items() if name == key[0])
-                    if not shared:
-                        self._nodes[key] = nodes
-                        break
-                    del self._groups[key]
-                remove_placement_group(group)
-                logger.info("%s-%d got a node that another %s has; it is placed again", *key, key[0])
-                break
-            if self._closed.wait(LOOK_S if time.monotonic() < asked + GRANT_S else LOOK_LATER_S):
-                break
-        settled.set()
+    def doubled(self, name: str, rank: int) -> bool:
+        """Whether a process of a group that is spread was granted a node that another of them has."""
+        if name not in self._plan.spread or (name, rank) not in self._groups:
+            return False
+        return not _nodes_of(self._groups[name, rank]).isdisjoint(self._taken(name, but=rank))
 
     def release(self, name: str, rank: int) -> None:
         """Give back the bundles of a process, if it has any here."""
-        with self._lock:
-            group = self._groups.pop((name, rank), None)
-            self._nodes.pop((name, rank), None)
-        if group is not None:
+        if group := self._groups.pop((name, rank), None):
             remove_placement_group(group)
 
     def close(self) -> None:
         """Give back all bundles."""
-        self._closed.set()
-        for watcher in self._watchers:  # which talk to Ray, and that may end after this
-            watcher.join()
         for key in list(self._groups):
             self.release(*key)
+
+
+def _nodes_of(group: PlacementGroup) -> set[str]:
+    """Identities of the nodes that a placement group has, none before it is granted."""
+    table = placement_group_table(group)
+    return set(map(str, table["bundles_to_node_id"].values())) if table["state"] == "CREATED" else set()
 
 
 @dataclass(frozen=True)
@@ -176,6 +148,13 @@ class Placement:
             ),
             "runtime_env": {"env_vars": self.environment(actor, cpus)},
         }
+
+    def doubled(self, name: str, rank: int) -> bool:
+        """Whether a rank beyond the plan got a node that another of its group has, which `placement.spread` excludes.
+
+        It may where two wait for nodes to come; it is to be started again then, after `release`.
+        """
+        return self.joining.doubled(name, rank)
 
     def release(self, name: str, rank: int) -> None:
         """Give back the bundles of a rank beyond the plan; those of the plan stay reserved until the run ends.

@@ -96,6 +96,7 @@ class RolloutEngine:
         self._coming: int | None = None
         self._random = False
         self._asleep = False
+        self._closed = False
         self._transfer = ExitStack()  # the span of a transfer under way
         from rlhf_ray.rollout.statistics import StatisticsLogger
 
@@ -113,9 +114,13 @@ class RolloutEngine:
     async def generate(self, requests: list[SampleRequest]) -> AsyncIterator[list[Trajectory]]:
         """Sample every request; yields trajectories as they finish, several at a time where several did.
 
+        It ends early where the engine is closed meanwhile. Where vLLM's own process has died, this one ends, too.
+
         Raises:
             EngineError: the engine is STALE.
         """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         if self._version is None:
             raise EngineError("this engine has taken part in no complete weight transfer yet and must not generate")
         pending = {asyncio.ensure_future(self._sample(request)) for request in requests}
@@ -127,6 +132,11 @@ class RolloutEngine:
                     finished = [task.result() for task in done]
                     activity().count_tokens(sum(len(one.response_ids) for one in finished), len(finished))
                     yield finished
+        except EngineDeadError:
+            if not self._closed:
+                logger.exception("vLLM's own process ended; the engine ends, too")
+                logging.shutdown()
+                os._exit(1)
         finally:
             for task in pending:
                 task.cancel()
@@ -237,7 +247,8 @@ class RolloutEngine:
         return self._statistics.take()
 
     async def close(self) -> None:
-        """Stop vLLM's own processes."""
+        """Stop vLLM's own processes. What is sampled still is not answered."""
+        self._closed = True
         self._further.close()
         self._engine.shutdown()
 

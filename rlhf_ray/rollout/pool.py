@@ -116,8 +116,14 @@ class RolloutPool:
             except EngineError as error:
                 logger.warning("%s; starting it again", error)
                 self._start_beside(rank)
-            else:
-                self._serving[rank] = engine
+                continue
+            if self._placement.doubled("rollout", rank):
+                logger.warning("rollout-%d got a node that another engine has; it is placed again", rank)
+                self._end(engine)
+                self._placement.release("rollout", rank)
+                self._start_beside(rank)
+                continue
+            self._serving[rank] = engine
 
     def connect(self, trainer: TrainerGroup) -> None:
         """Join the weight-transfer group with the trainer's ranks, as far as the engines have changed."""
@@ -224,19 +230,32 @@ class RolloutPool:
             for stream in ready:
                 owed = streams[stream]
                 try:
-                    finished = get(next(stream), f"rollout-{owed.rank}: sampling", self._patience.ceiling_s)
-                except StopIteration:
-                    continue
+                    finished = self._answers(stream, owed)
                 except ActorDied as error:
                     handed_over = self._hand_over(owed, error)
                     streams |= handed_over
                     pending += handed_over
+                    continue
+                if not finished:
                     continue
                 for trajectory in finished:
                     del owed.requests[trajectory.uid, trajectory.sample]
                 yield finished
                 pending.append(stream)
         self._patience.took(SAMPLING, longest)  # once a call: the first response may take much longer than the next
+
+    def _answers(self, stream: Any, owed: "_Stream") -> list[Trajectory]:
+        """The next trajectories of a stream, none at its end.
+
+        Raises:
+            ActorDied: the engine died, or left before it had answered all.
+        """
+        try:
+            return get(next(stream), f"rollout-{owed.rank}: sampling", self._patience.ceiling_s)
+        except StopIteration:
+            if owed.requests:
+                raise ActorDied(f"rollout-{owed.rank} left") from None
+            return []
 
     def _send(self, requests: Sequence[SampleRequest]) -> dict[Any, "_Stream"]:
         """Share requests out over the engines that serve, those of one prompt to one of them."""
@@ -254,7 +273,7 @@ class RolloutPool:
         return streams
 
     def _hand_over(self, owed: "_Stream", error: ActorDied) -> dict[Any, "_Stream"]:
-        """Send a dead engine's unfinished requests to the others; its successor starts beside them.
+        """Send the unfinished requests of an engine that died or left to the others; a dead one's successor starts.
 
         Raises:
             EngineError: there is no other engine.

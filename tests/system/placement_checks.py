@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -141,30 +140,19 @@ def joined(placement: Placement, cluster: Cluster) -> dict[str, Any]:
     # Two for which no node is left wait at the same time, and the first new node has room for both.
     engines |= {rank: launch(rank) for rank in (3, 4)}
     cluster.add_node(num_cpus=4, labels={"name": "new-0"})
-    found["first"] = answers(engines, (3, 4))
-    late = min(rank for rank in (3, 4) if found["first"][rank] is None or rank == 4)
-    # It is started again as the pool does with an engine that fails to start, and joins on the next new node.
-    again = ray.remote(Engine).options(**{**placement.options("rollout", late), "name": "again"}).remote()
+    found["first"] = ray.get([engines[rank].where.remote() for rank in (3, 4)], timeout=60)
+    found["doubled"] = [placement.doubled("rollout", rank) for rank in range(5)]
+    # As the pool does, one of them is placed again.
+    ray.kill(engines[4])
+    placement.release("rollout", 4)
+    again = ray.remote(Engine).options(**{**placement.options("rollout", 4), "name": "again"}).remote()
     cluster.add_node(num_cpus=4, labels={"name": "new-1"})
     found["second"] = ray.get(again.where.remote(), timeout=60)
+    found["doubled at last"] = [placement.doubled("rollout", rank) for rank in range(5)]
     placement.release("rollout", 1)
     for engine in (*engines.values(), again):
         ray.kill(engine)
     found["after release"] = sum(group["state"] == "CREATED" for group in placement_group_table().values())
-    return found
-
-
-def answers(engines: dict[int, Any], ranks: tuple[int, ...]) -> dict[int, str | None]:
-    """Where engines are; None for one that died."""
-    found: dict[int, str | None] = {}
-    for rank in ranks:
-        try:
-            # Asked twice: what takes a place that it must not have may live for a moment.
-            ray.get(engines[rank].where.remote(), timeout=60)
-            time.sleep(3)
-            found[rank] = ray.get(engines[rank].where.remote(), timeout=60)
-        except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError):
-            found[rank] = None
     return found
 
 

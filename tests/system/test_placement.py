@@ -101,8 +101,10 @@ def test_what_cannot_be_placed_is_one_error(found: dict[str, Any], case: str, me
 def test_engines_that_join_a_group_that_is_spread_get_a_node_each(found: dict[str, Any]):
     joined = found["joined"]
     assert sorted(joined["there"]) == ["gpu-a", "gpu-b", "trainer"]
-    assert sorted(map(str, joined["first"].values())) == ["None", "new-0"]
+    assert joined["first"] == ["new-0", "new-0"]
+    assert joined["doubled"] == [False, False, False, True, True]
     assert joined["second"] == "new-1"
+    assert joined["doubled at last"] == [False] * 5
 
 
 def test_bundles_of_an_engine_that_joined_are_given_back_when_it_leaves(found: dict[str, Any]):

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -429,6 +430,29 @@ def test_a_response_ends_with_the_end_of_sequence_or_at_its_limit(tied: World):
     assert len({t.finish_reason for t in trajectories}) == 2
     # The end-of-sequence token has a log-probability of its own, and the trainer agrees on it.
     assert largest_difference(trajectories, tied.trainer_logprobs(trajectories)) < TOLERANCE
+
+
+def test_what_an_engine_that_leaves_has_not_answered_the_others_answer(tied: World):
+    """The last tests of these engines; from here on there is one."""
+    requests = requests_of(24, max_new_tokens=180)
+    expected = tied.sample(requests)
+    answered: list[Trajectory] = []
+    for finished in tied.pool.generate(requests):
+        if not answered:
+            tied.pool.resize(1)
+        answered += finished
+    assert len(tied.pool.engines) == 1
+    by_name = {(t.uid, t.sample): t.response_ids for t in answered}
+    assert len(answered) == len(by_name)
+    assert [by_name[t.uid, t.sample] for t in expected] == [t.response_ids for t in expected]
+
+
+def test_an_engine_ends_when_vllms_own_process_does(tied: World):
+    logs = str(tied.pool._placement.logs)
+    (own,) = [pid for pid, name in processes_of(logs).items() if "EngineCore" in name]
+    os.kill(own, signal.SIGKILL)
+    with pytest.raises(EngineError, match="It was the last engine that served"):
+        list(tied.pool.generate(requests_of(24, max_new_tokens=180)))
 
 
 def test_an_engine_ends_with_all_its_processes_when_the_workers_of_its_other_node_do(partitioned: World):
