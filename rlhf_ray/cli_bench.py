@@ -11,20 +11,6 @@ app = typer.Typer()
 bench = typer.Typer(no_args_is_help=True)
 app.add_typer(bench, name="bench", help="Measure how fast this system works here.")
 
-# A small model with random weights, where no configuration names one: 5.4 million parameters.
-BUILT_IN_MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 256,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 688,
-    "vocab_size": 4096,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
-}
-
 
 @bench.command()
 def rollout(
@@ -162,6 +148,7 @@ def _config(path: Path | None, overrides: list[str], folder: Path, engines: int)
     import json
     import os
 
+    from rlhf_ray.bench.random_models import SMALL_LLAMA
     from rlhf_ray.config import load_config
     from rlhf_ray.config.load import from_dict
 
@@ -171,7 +158,9 @@ def _config(path: Path | None, overrides: list[str], folder: Path, engines: int)
         return load_config(path, overrides, "ppo")
     model = folder / "model"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps(BUILT_IN_MODEL))
+    (model / "config.json").write_text(
+        json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SMALL_LLAMA})
+    )
     values = {
         "run": {"dir": str(folder / "run")},
         "data": {"path": "none"},

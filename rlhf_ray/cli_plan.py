@@ -26,7 +26,8 @@ def plan(
 ) -> None:
     """Show which process goes to which node and GPU, and how much memory each takes; starts nothing.
 
-    Exits with 1 where the run would not fit, and says what to change.
+    Exits with 1 where the run would not fit, and says what to change. With placement.autoscaling nodes that are
+    missing may still come, which is no failure.
     """
     from rich.console import Console
 

@@ -17,7 +17,7 @@ import ray
 
 from rlhf_ray.bench.bare import BareEngine
 from rlhf_ray.bench.bare_torch import BareTorch
-from rlhf_ray.bench.random_models import write_llama
+from rlhf_ray.bench.random_models import SMALL_LLAMA, write_llama
 from rlhf_ray.bench.rollout import spread
 from rlhf_ray.bench.workload import Fixed, Lengths, LogNormal, Workload, make_workload
 from rlhf_ray.config.load import from_dict
@@ -61,18 +61,8 @@ class IterationWorkload:
         return make_workload(prompt, self.response, self.prompts, 1, self.model["vocab_size"], seed)
 
 
-SMALL = {
-    "hidden_size": 256,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 688,
-    "vocab_size": 4096,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": True,
-}
 # 100 million parameters.
-LARGE = SMALL | {
+LARGE_LLAMA = SMALL_LLAMA | {
     "hidden_size": 768,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
@@ -80,9 +70,9 @@ LARGE = SMALL | {
     "intermediate_size": 2816,
 }
 WORKLOADS = {
-    "w1": IterationWorkload(SMALL, 64, 32, Fixed(128)),
-    "w2": IterationWorkload(SMALL, 64, 32, LogNormal(48, 0.9, 384)),
-    "w3": IterationWorkload(LARGE, 16, 32, Fixed(128)),
+    "w1": IterationWorkload(SMALL_LLAMA, 64, 32, Fixed(128)),
+    "w2": IterationWorkload(SMALL_LLAMA, 64, 32, LogNormal(48, 0.9, 384)),
+    "w3": IterationWorkload(LARGE_LLAMA, 16, 32, Fixed(128)),
 }
 
 

@@ -5,6 +5,18 @@ from typing import Any
 
 from rlhf_ray.bench.workload import FIRST_ID
 
+# Keys of `LlamaConfig`: 5.4 million parameters.
+SMALL_LLAMA = {
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 688,
+    "vocab_size": 4096,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+
 
 def write_llama(folder: Path, sizes: dict[str, Any], *, scalar: bool) -> str:
     """A Llama and its tokenizer as a transformers folder.

@@ -17,6 +17,9 @@ Contents = tuple[tuple[str, int], ...]
 # What a finding is about, equal in two configurations where the same does not fit.
 About = tuple[str | float | tuple[str, ...], ...]
 
+# Kinds of findings that nodes which come later may end; the others are of processes that have a seat.
+OF_SEATS = ("lack", "label", "size", "spread", "room")
+
 # Bundles that are seated at most in trying changes, so that a plan for 1,000 GPUs is there in a second or two.
 MOST_BUNDLES = 150_000
 

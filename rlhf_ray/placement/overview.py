@@ -8,7 +8,7 @@ from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.config.sections import ModelSection
 from rlhf_ray.names import model_folder
 from rlhf_ray.placement.candidates import Change
-from rlhf_ray.placement.checks import Contents, Examiner, Finding, parts_on_gpu
+from rlhf_ray.placement.checks import OF_SEATS, Contents, Examiner, Finding, parts_on_gpu
 from rlhf_ray.placement.inventory import Node
 from rlhf_ray.placement.layout import Layout
 from rlhf_ray.placement.memory import Estimate, Shapes
@@ -25,11 +25,13 @@ class Problem:
         finding: what does not fit.
         change: the nearest change with which it does, as overrides of the configuration; empty where none was found.
         words: both in a sentence.
+        waits: whether a run would wait for it, since nodes may still come (`placement.autoscaling`).
     """
 
     finding: Finding
     change: Change
     words: str
+    waits: bool
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,13 @@ class Overview:
 
     @property
     def problems(self) -> list[str]:
-        """What does not fit, in words."""
-        return [problem.words for problem in self.found]
+        """Why a run would fail, in words."""
+        return [problem.words for problem in self.found if not problem.waits]
+
+    @property
+    def waits(self) -> list[str]:
+        """What a run would wait for, in words."""
+        return [problem.words for problem in self.found if problem.waits]
 
     def on(self, memory_gib: float | None) -> dict[str, Estimate]:
         """Estimates of processes on GPUs of this memory."""
@@ -126,7 +133,11 @@ def overview(
         said = f"set {', '.join(named)}" if change else search.needed(finding)
         if change and finding.kind == "lack":
             said += f", or {finding.remedy}"
-        found.append(Problem(finding, named, f"{finding.words}; {said}"))
+        waits = state.plan.autoscaling and finding.kind in OF_SEATS
+        if waits:
+            deadline = f"{state.plan.timeout_s:g} s (placement.timeout_s)"
+            said = f"a run waits up to {deadline} for an autoscaler to add nodes, and fails without; or {said}"
+        found.append(Problem(finding, named, f"{finding.words}; {said}", waits))
     unknown = [name for name in state.plan.groups if name not in state.estimates]
     notes = [f"{name}: its memory is not known, since the model's shape or the GPU's memory is not" for name in unknown]
     return Overview(

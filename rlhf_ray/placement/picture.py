@@ -47,7 +47,8 @@ def as_values(found: list[Overview], nodes: list[Node]) -> dict[str, Any]:
                 },
                 "gpus": _gpus_as_values(one, nodes),
                 "problems": one.problems,
-                "changes": [list(problem.change) for problem in one.found],
+                "changes": [list(problem.change) for problem in one.found if not problem.waits],
+                "waits": one.waits,
                 "notes": one.notes,
             }
             for one in found
@@ -91,7 +92,9 @@ def draw(found: list[Overview], nodes: list[Node], console: Console) -> None:
             console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
         for problem in one.problems:
             console.print(f"problem: {problem}", markup=False, highlight=False, soft_wrap=True)
-        if not one.problems:
+        for wait in one.waits:
+            console.print(f"not yet: {wait}", markup=False, highlight=False, soft_wrap=True)
+        if not one.found:
             console.print("It fits." if not one.notes else "It fits as far as is known.")
         console.print()
 

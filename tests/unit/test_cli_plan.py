@@ -43,6 +43,21 @@ def test_what_does_not_fit_is_an_error_after_the_picture(run):
     assert err == "error: configs/multi_node.yaml does not fit: 1 problem, see above\n"
 
 
+def test_missing_nodes_that_an_autoscaler_may_add_are_no_failure(run):
+    larger = ("configs/multi_node.yaml", "--inventory", "cluster/nodes.yaml", "policy.processes=64")
+    code, out, _ = run(*larger)
+    assert code == 1 and "add at least 32 GPU" in out
+    code, out, err = run(*larger, "placement.autoscaling=true")
+    (waits,) = [line for line in out.splitlines() if line.startswith("not yet: ")]
+    assert (code, err) == (0, "") and "problem:" not in out and "It fits" not in out
+    assert " s (placement.timeout_s) for an autoscaler to add nodes, and fails without; or set policy" in waits
+    code, out, _ = run(*larger, "placement.autoscaling=true", "--json")
+    (stage,) = json.loads(out)["stages"]
+    assert (code, stage["problems"], stage["changes"], len(stage["waits"])) == (0, [], [], 1)
+    code, out, _ = run(*larger, "placement.autoscaling=true", "training.gradient_checkpointing=false")
+    assert code == 1 and "problem: GPU 0 of gpu-" in out and "not yet: " in out
+
+
 def test_json_holds_every_process_and_its_memory_by_part(run):
     code, out, _ = run("configs/multi_node.yaml", "--inventory", "cluster/nodes.yaml", "--json")
     found = json.loads(out)
