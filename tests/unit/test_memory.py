@@ -9,11 +9,14 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_ray.config import from_dict, load_config
 from rlhf_ray.config.sections import TrainingSection
+from rlhf_ray.models import logprobs
+from rlhf_ray.placement import memory
 from rlhf_ray.placement.checks import on_gpu
 from rlhf_ray.placement.inventory import Node
 from rlhf_ray.placement.memory import GIB, cache_bytes_per_token, estimate, scorer, trainer
 from rlhf_ray.placement.overview import overview, overviews
 from rlhf_ray.placement.shapes import ModelShape, find_shape, shape_from_config
+from rlhf_ray.rollout import buckets, engine
 
 # 10 million parameters in matrices: a layer of 2.5, an embedding of 5.
 SHAPE = ModelShape(
@@ -258,3 +261,9 @@ def test_an_engine_that_no_node_can_hold_is_to_be_split_over_several():
 def test_from_dict_refuses_what_a_change_makes_wrong():
     values = load_config("configs/one_gpu.yaml", [], "ppo").model_dump(mode="json")
     assert from_dict(values, "ppo").policy.path == "Qwen/Qwen2.5-0.5B-Instruct"
+
+
+def test_what_the_estimate_takes_from_modules_that_import_torch_or_ray_is_what_they_do():
+    assert memory.BUCKET_BYTES == buckets.BUCKET_BYTES
+    assert memory.CPU_STEP_TOKENS == engine.CPU_STEP_TOKENS
+    assert memory.LOGIT_TOKENS == logprobs.CHUNK_TOKENS
