@@ -22,7 +22,7 @@ from rlhf_ray.algorithms.rewards import RunningNormalizer
 from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.data import EpochOrder
 from rlhf_ray.data.formats import Prompt
-from rlhf_ray.driver.control import forget, wanted_engines
+from rlhf_ray.driver.control import wanted_engines
 from rlhf_ray.driver.experience import Experience, build_experience
 from rlhf_ray.driver.groups import Groups
 from rlhf_ray.driver.rollouts import Batch, Rollouts
@@ -70,7 +70,6 @@ class PPOLoop:
         self.groups.turns.to_trainers()
         self._restore()
         self.groups.turns.to_engines()
-        forget(self.run.directory.path)
         metrics = self._transfer()
         for iteration in self.run.begin(self.config.ppo.iterations, ["objective/scores", "objective/kl"]):
             self.timings, self.iteration = {}, iteration

@@ -25,7 +25,7 @@ def as_values(found: list[Overview], nodes: list[Node]) -> dict[str, Any]:
     at the same time, so what a GPU needs is under `gpus`.
     """
     return {
-        "fits": not any(one.problems for one in found),
+        "fits": not any(one.found for one in found),
         "nodes": [node.model_dump() for node in nodes],
         "stages": [
             {
@@ -47,8 +47,8 @@ def as_values(found: list[Overview], nodes: list[Node]) -> dict[str, Any]:
                 },
                 "gpus": _gpus_as_values(one, nodes),
                 "problems": one.problems,
-                "changes": [list(problem.change) for problem in one.found if not problem.waits],
                 "waits": one.waits,
+                "changes": [list(problem.change) for problem in one.found],
                 "notes": one.notes,
             }
             for one in found

@@ -108,7 +108,9 @@ class RolloutEngine:
             )
 
     async def ready(self) -> bool:
-        """Answers once the engine is up."""
+        """Answers once the engine is up, and as long as it is; this process ends where vLLM's own has died."""
+        if self._engine.errored:
+            self._end_with_vllm()
         return True
 
     async def generate(self, requests: list[SampleRequest]) -> AsyncIterator[list[Trajectory]]:
@@ -133,13 +135,17 @@ class RolloutEngine:
                     activity().count_tokens(sum(len(one.response_ids) for one in finished), len(finished))
                     yield finished
         except EngineDeadError:
-            if not self._closed:
-                logger.exception("vLLM's own process ended; the engine ends, too")
-                logging.shutdown()
-                os._exit(1)
+            self._end_with_vllm()
         finally:
             for task in pending:
                 task.cancel()
+
+    def _end_with_vllm(self) -> None:
+        """vLLM's own process is gone: unless it was closed, end this one, which the driver sees and makes up for."""
+        if not self._closed:
+            logger.error("vLLM's own process ended; the engine ends, too", exc_info=True)
+            logging.shutdown()
+            os._exit(1)
 
     async def _sample(self, request: SampleRequest) -> Trajectory:
         from vllm import SamplingParams

@@ -78,14 +78,16 @@ class RolloutPool:
         """Have `count` engines, between two iterations: others start beside those that serve, or the last ones leave.
 
         Those that start serve after the next transfer that finds them up (`newcomers_ready`). What leaving ones have
-        not answered, the others take over.
+        not answered, the others take over. One that serves stays as long as one that is to stay does not serve yet.
         """
         with self._changing:
             self._resize(count)
 
     def _resize(self, count: int) -> None:
+        missing = sum(rank not in self._serving for rank in range(count))
+        stand_ins = sorted(rank for rank in self._serving if rank >= count)[:missing]
         for rank in sorted({*self._serving, *self._joining}, reverse=True):
-            if rank >= count:
+            if rank >= count and rank not in stand_ins:
                 self._end(self._serving.pop(rank, None) or self._joining.pop(rank)[0])
                 self._placement.release("rollout", rank)
                 forget(self._placement.logs.parent, f"rollout-{rank}")
@@ -125,6 +127,29 @@ class RolloutPool:
                 continue
             self._serving[rank] = engine
 
+    def _replace_dead(self) -> None:
+        """Start successors of engines that died with nothing asked of them, beside those that live."""
+        asked = [(rank, engine, engine.ready.remote()) for rank, engine in self._serving.items()]
+        for rank, engine, answer in asked:
+            try:
+                get(answer, f"rollout-{rank}: sign of life", self._patience.ceiling_s)
+            except ActorDied as error:
+                logger.warning("%s", error)
+                self._replace(rank, engine, error)
+
+    def _replace(self, rank: int, engine: Any, error: ActorDied) -> None:
+        """Start a successor of a dead engine.
+
+        Raises:
+            EngineError: there is no other engine.
+        """
+        # Another thread may have seen the same death before; one that left has no successor.
+        if self._serving.get(rank) is engine:
+            self._end(self._serving.pop(rank))
+            self._start_beside(rank)
+        if not self._serving:
+            raise EngineError(f"{error}\nIt was the last engine that served; the same command continues the run")
+
     def connect(self, trainer: TrainerGroup) -> None:
         """Join the weight-transfer group with the trainer's ranks, as far as the engines have changed."""
         if self._connected != self.engines:
@@ -135,6 +160,8 @@ class RolloutPool:
     def update_weights(self, trainer: TrainerGroup, version: int, probe_ids: Sequence[int]) -> dict[str, float]:
         """Transfer the trainer's weights to every engine, probe them, and let them serve as `version`.
 
+        Engines that have died since they were asked last are replaced before.
+
         Args:
             trainer: the policy's trainer, connected before.
             version: number of policy updates in these weights.
@@ -144,7 +171,8 @@ class RolloutPool:
             Metrics: seconds taken, and the largest probe difference.
 
         Raises:
-            EngineError: the transfer failed, or an engine's log-probabilities differ from the trainer's.
+            EngineError: the transfer failed, an engine's log-probabilities differ from the trainer's, or the last
+                engine died.
         """
         with self._changing:
             return self._update_weights(trainer, version, probe_ids)
@@ -152,6 +180,7 @@ class RolloutPool:
     def _update_weights(self, trainer: TrainerGroup, version: int, probe_ids: Sequence[int]) -> dict[str, float]:
         started = time.monotonic()
         self._admit()
+        self._replace_dead()
         self.connect(trainer)
         self._on_all("announce", version)
         if self._spec.sleeps:
@@ -281,12 +310,7 @@ class RolloutPool:
         with self._changing:
             if self._stopped:
                 raise error
-            # Another thread may have seen the same death before; one that left has no successor.
-            if self._serving.get(owed.rank) is owed.engine:
-                self._end(self._serving.pop(owed.rank))
-                self._start_beside(owed.rank)
-            if not self._serving:
-                raise EngineError(f"{error}\nIt was the last engine that served; the same command continues the run")
+            self._replace(owed.rank, owed.engine, error)
             logger.warning("%s. %d responses go to the other engines", error, len(owed.requests))
             return self._send(list(owed.requests.values()))
 

@@ -23,7 +23,7 @@ def connection(address: str | None = None, asked: str = "run.ray_address") -> It
     """Be connected to Ray inside the block; whatever this call started is stopped at its end.
 
     Args:
-        address: a running cluster ("auto" or "ray://..."); None takes `RAY_ADDRESS` (set inside a submitted job) or,
+        address: a running cluster ("auto" or HEAD:PORT); None takes `RAY_ADDRESS` (set inside a submitted job) or,
             without one, starts Ray on this machine for the length of the block.
         asked: what gave the address, for errors.
 

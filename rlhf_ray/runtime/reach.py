@@ -5,7 +5,6 @@ Ray itself takes minutes to give up on an address where nothing listens, and say
 
 import os
 import socket
-import uuid
 from typing import Any
 
 import grpc
@@ -15,8 +14,6 @@ from ray._private.services import canonicalize_bootstrap_address
 from ray.core.generated import (
     gcs_service_pb2,
     gcs_service_pb2_grpc,
-    ray_client_pb2,
-    ray_client_pb2_grpc,
 )
 from ray.exceptions import AuthenticationError, RayError
 
@@ -24,26 +21,32 @@ from rlhf_ray.errors import ResourceError
 
 # The classes of these modules are made when they are imported, so that a type checker knows none.
 GCS: Any = gcs_service_pb2
-CLIENT: Any = ray_client_pb2
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 10.0
-CLIENT_SCHEME = "ray://"
+CLIENT_SCHEME = "ray://"  # of Ray Client, whose actors cannot stream what they sample
 
 
 def check_reachable(address: str, asked: str) -> None:
     """Ask the head at an address for a trifle.
 
     Args:
-        address: as `ray.init` takes it, such as HEAD:6379, ray://HEAD:10001 or "auto".
+        address: as `ray.init` takes it, such as HEAD:6379 or "auto".
         asked: what gave the address, such as `--address`.
 
     Raises:
-        ResourceError: nothing answers there, or something else than a Ray head, or it refuses this process.
+        ResourceError: nothing answers there, or something else than a Ray head, or it refuses this process; or the
+            address is one of Ray Client.
     """
     try:
         # "auto" is Ray's word for what this variable says, or else for the cluster on this machine.
         found = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
+        if found.startswith(CLIENT_SCHEME):
+            raise ResourceError(
+                f"{asked}: {found!r} is an address of Ray Client, through which engines cannot stream responses; "
+                "submit the run to the cluster (`rlhf-ray submit CONFIG --address http://HEAD:8265`), or start it on "
+                "one of its nodes with the address auto"
+            )
         target = _target(found)
         if found == "auto":
             # As in `ray.init`: a cluster on this machine asks for this user's token unless it was told otherwise.
@@ -51,7 +54,7 @@ def check_reachable(address: str, asked: str) -> None:
         if target is not None:
             host, _, port = target.rpartition(":")
             socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-            _ask(target, client=found.startswith(CLIENT_SCHEME))
+            _ask(target)
     except (OSError, RayError, RuntimeError, ValueError) as error:
         raise explained(error, address, asked) from None
     except grpc.RpcError as error:
@@ -102,20 +105,16 @@ def _target(address: str) -> str | None:
         OSError: "auto", and there is no cluster on this machine.
         ValueError: this is no address.
     """
-    target: str | None
-    if address.startswith(CLIENT_SCHEME):
-        target = address.removeprefix(CLIENT_SCHEME)
-    elif "://" in address:
-        raise ValueError("expected HEAD:PORT, ray://HEAD:PORT or auto")
-    else:
-        # 127.0.0.1 becomes the address that other nodes know this one by.
-        target = canonicalize_bootstrap_address(address)
+    if "://" in address:
+        raise ValueError("expected HEAD:PORT or auto")
+    # 127.0.0.1 becomes the address that other nodes know this one by.
+    target = canonicalize_bootstrap_address(address)
     if target is not None and not target.rpartition(":")[2].isdecimal():
         raise ValueError("expected a port at its end")
     return target
 
 
-def _ask(target: str, client: bool) -> None:
+def _ask(target: str) -> None:
     """One small call with a deadline, with the token that this process has.
 
     Raises:
@@ -124,13 +123,6 @@ def _ask(target: str, client: bool) -> None:
     """
     # As Ray's own connections, this one goes through no proxy.
     with init_grpc_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        if client:
-            ray_client_pb2_grpc.RayletDriverStub(channel).ClusterInfo(
-                CLIENT.ClusterInfoRequest(type=CLIENT.ClusterInfoType.PING),
-                timeout=ANSWER_TIMEOUT_S,
-                metadata=[("client_id", uuid.uuid4().hex)],
-            )
-        else:
-            gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetClusterId(
-                GCS.GetClusterIdRequest(), timeout=ANSWER_TIMEOUT_S
-            )
+        gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetClusterId(
+            GCS.GetClusterIdRequest(), timeout=ANSWER_TIMEOUT_S
+        )

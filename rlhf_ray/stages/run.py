@@ -14,6 +14,7 @@ from typing import Any
 from rlhf_ray.config import dump_config
 from rlhf_ray.config.pipeline import StageConfig
 from rlhf_ray.driver.checkpoint import Checkpoint, CheckpointStore
+from rlhf_ray.driver.control import forget
 from rlhf_ray.errors import RlhfError, RunStopped
 from rlhf_ray.models.saving import is_complete
 from rlhf_ray.names import model_folder
@@ -49,6 +50,7 @@ class Run:
         self._stage = stage
         self._stack = stack
         self._stop = threading.Event()
+        forget(directory.path)
         self._store = CheckpointStore(directory.checkpoints, config.run.keep_checkpoints)
         self.checkpoint: Checkpoint | None = self._store.latest()
         self._saved_step = self.checkpoint.step if self.checkpoint else None
@@ -198,10 +200,11 @@ def open_run(config: StageConfig, stage: str) -> Iterator[Run]:
     """
     folder = Path(config.run.dir)
     is_new = not folder.is_dir() or not any(folder.iterdir())
-    begun = False
+    held = begun = False
     try:
         with ExitStack() as stack:
             directory = stack.enter_context(RunDirectory(folder, config.run.resume, identity(config, stage)))
+            held = True
             setup_logging(directory.logs, "driver")
             run = Run(config, stage, directory, stack)
             if run.checkpoint:
@@ -212,6 +215,6 @@ def open_run(config: StageConfig, stage: str) -> Iterator[Run]:
                 begun = run.begun
     except RlhfError:
         actor_logs = [path for path in (folder / "logs").glob("*.log") if path.name != "driver.log"]
-        if is_new and not begun and not actor_logs:
+        if held and is_new and not begun and not actor_logs:
             shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -29,6 +29,7 @@ from rlhf_ray.errors import RunStopped, StageError
 from rlhf_ray.placement.groups import Placement
 from rlhf_ray.rollout.pool import RolloutPool
 from rlhf_ray.stages.ppo import train_ppo
+from rlhf_ray.tracking.logs import ACTOR
 from rlhf_ray.tracking.metrics import check_known
 from rlhf_ray.tracking.timeline import cut, idle_shares, iterations, read_timeline
 
@@ -343,21 +344,25 @@ def test_a_run_directory_of_another_run_is_refused_and_left_alone(whole_run: PPO
 
 # ---- engines that join, leave and die
 
-# What is asked for before each iteration; in the second, one engine is killed while it samples, and another is said to
-# have got a node that it must not have.
+# What is asked for before each iteration. In the second, vLLM's process of one engine is killed while it samples, and
+# another is said to have got a node that it must not have; in the third, one is killed after it has sampled.
 SIZES = [1, 3, 3, 2]
 KILLED_IN = 1
 DOUBLED = 2
+KILLED_IDLE_IN = 2
 CHANGING = (*CLOCK, "rollout/engines")
 
 
 @pytest.fixture(scope="module")
-def elastic(ray_cluster: None, inputs: Inputs) -> PPOConfig:
-    """The whole run, scaled before each iteration; newcomers are waited for, so that no clock decides the outcome."""
+def elastic_run(ray_cluster: None, inputs: Inputs) -> tuple[PPOConfig, list[int]]:
+    """The whole run, scaled before each iteration, and how many engines served at the beginning of each.
+
+    Newcomers are waited for, so that no clock decides the outcome.
+    """
     config = main_config(inputs, "elastic")
     sizes = iter(SIZES)
+    serving: list[int] = []
     sample = RolloutPool.generate
-    calls = 0
 
     def ask(run_dir: Path) -> int | None:
         ask_for_engines(run_dir, next(sizes))
@@ -368,14 +373,19 @@ def elastic(ray_cluster: None, inputs: Inputs) -> PPOConfig:
         return bool(starting) and bool(ray.wait(starting, num_returns=len(starting), timeout=240)[0])
 
     def generate(pool: RolloutPool, requests: Any) -> Iterator[Any]:
-        nonlocal calls
+        iteration = len(serving)
+        serving.append(len(pool.engines))
         stream = sample(pool, requests)
         first = next(stream)
-        if calls == KILLED_IN:
-            ray.kill(pool._serving[1])
-        calls += 1
+        if iteration == KILLED_IN:
+            logs = str(Path(config.run.dir) / "logs")
+            cores = [pid for pid, name in processes_of(logs).items() if "EngineCore" in name]
+            (of_engine,) = [pid for pid in cores if psutil.Process(pid).environ()[ACTOR] == "rollout-1"]
+            os.kill(of_engine, signal.SIGKILL)
         yield first
         yield from stream
+        if iteration == KILLED_IDLE_IN:
+            ray.kill(pool._serving[2])
 
     placed: list[int] = []
 
@@ -389,11 +399,16 @@ def elastic(ray_cluster: None, inputs: Inputs) -> PPOConfig:
         patch.setattr(RolloutPool, "newcomers_ready", wait)
         patch.setattr(RolloutPool, "generate", generate)
         train_ppo(config)
-    return config
+    return config, serving
 
 
-def test_engines_join_leave_and_are_replaced(elastic: PPOConfig):
-    assert [row["rollout/engines"] for row in rows_of(elastic)] == [1, 1, 3, 2]
+@pytest.fixture(scope="module")
+def elastic(elastic_run: tuple[PPOConfig, list[int]]) -> PPOConfig:
+    return elastic_run[0]
+
+
+def test_engines_join_leave_and_are_replaced(elastic_run: tuple[PPOConfig, list[int]]):
+    assert elastic_run[1] == [1, 2, 3, 2]
 
 
 def test_nothing_is_lost_or_repeated_and_every_number_is_that_of_one_engine(whole_run: PPOConfig, elastic: PPOConfig):

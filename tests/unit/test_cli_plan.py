@@ -52,8 +52,10 @@ def test_missing_nodes_that_an_autoscaler_may_add_are_no_failure(run):
     assert (code, err) == (0, "") and "problem:" not in out and "It fits" not in out
     assert " s (placement.timeout_s) for an autoscaler to add nodes, and fails without; or set policy" in waits
     code, out, _ = run(*larger, "placement.autoscaling=true", "--json")
-    (stage,) = json.loads(out)["stages"]
-    assert (code, stage["problems"], stage["changes"], len(stage["waits"])) == (0, [], [], 1)
+    found = json.loads(out)
+    (stage,) = found["stages"]
+    assert (code, found["fits"], stage["problems"], len(stage["waits"])) == (0, False, [], 1)
+    assert stage["changes"] == [["policy.processes=32"]]
     code, out, _ = run(*larger, "placement.autoscaling=true", "training.gradient_checkpointing=false")
     assert code == 1 and "problem: GPU 0 of gpu-" in out and "not yet: " in out
 

@@ -44,10 +44,8 @@ def silent():
     ("address", "found"),
     [
         ("127.0.0.1:{closed}", "Connection refused"),
-        ("ray://127.0.0.1:{closed}", "Connection refused"),
         ("nowhere.invalid:6379", "not known"),
         ("head", "Invalid address format"),
-        ("ray://head", "expected a port at its end"),
         ("http://127.0.0.1:8265", "expected HEAD:PORT"),
     ],
 )
@@ -61,11 +59,17 @@ def test_an_address_where_nothing_is_names_what_gave_it_and_what_was_found(alone
     assert "`ray start --head`" in text
 
 
-@pytest.mark.parametrize("scheme", ["", "ray://"])
-def test_what_listens_and_is_no_ray_head_has_a_deadline(silent, monkeypatch, scheme):
+def test_an_address_of_ray_client_is_refused_with_what_to_do_instead(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    for address in ("ray://head:10001", "auto"):
+        with pytest.raises(ResourceError, match=r"^--address: 'ray://head:10001' is an address of Ray Client.*submit"):
+            reach.check_reachable(address, "--address")
+
+
+def test_what_listens_and_is_no_ray_head_has_a_deadline(silent, monkeypatch):
     monkeypatch.setattr(reach, "ANSWER_TIMEOUT_S", 0.5)
     with pytest.raises(ResourceError, match=r"does not answer as a Ray head does \(no answer within 0\.5 s\)"):
-        reach.check_reachable(f"{scheme}127.0.0.1:{silent}", "run.ray_address")
+        reach.check_reachable(f"127.0.0.1:{silent}", "run.ray_address")
 
 
 def test_an_address_of_the_environment_is_named_as_such(alone, closed, monkeypatch):

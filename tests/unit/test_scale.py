@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.cli import main
+from rlhf_ray.config import from_dict
 from rlhf_ray.driver.control import CONTROL, wanted_engines
+from rlhf_ray.stages.run import open_run
 
 PPO = "rollout:\n  engines: 1\n"
 
@@ -63,3 +65,13 @@ def test_what_is_no_run_that_could_scale_is_refused(tmp_path: Path, capsys: pyte
         assert said in error
         assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / CONTROL).exists()
+
+
+def test_what_was_asked_of_an_earlier_process_is_forgotten_when_the_run_is_opened(tmp_path: Path):
+    """And at once: what is asked while the run still starts is what it begins with."""
+    (tmp_path / CONTROL).write_text('{"rollout": 5}')
+    values = {"run": {"dir": str(tmp_path)}, "data": {"path": "x"}, "model": {"path": "m"}, "sft": {}}
+    with open_run(from_dict(values, "sft"), "sft") as run:
+        assert wanted_engines(tmp_path) is None
+        (tmp_path / CONTROL).write_text('{"rollout": 3}')
+        assert wanted_engines(run.directory.path) == 3
