@@ -407,14 +407,14 @@ def judge_placement(stage: str, plan: Plan, available: Mapping[str, float], node
     remedy = "lower the number of processes or what each takes, or add a node; `rlhf-ray plan` proposes numbers"
     crowded = [f"{words}; {remedy}" for words in crowding(plan, lay_out(plan, nodes)).values()]
     lacks = shortfalls(plan, total) or misfits(plan, nodes) or crowded
-    deadline = f"{plan.timeout_s:g} s (placement.timeout_s)"
     if lacks and plan.autoscaling:
-        waits = f"a run waits up to {deadline} for an autoscaler to add nodes, and fails without; or"
-        return [Line("placement", "cluster", "warning", f"{stage}, now: {f}", f"{waits} {r}") for f, r in _parts(lacks)]
+        found = [(f"{stage}, now: {words}", f"{plan.waiting}; or {change}") for words, change in _parts(lacks)]
+        return [Line("placement", "cluster", "warning", words, change) for words, change in found]
     if lacks:
         return [Line("placement", "cluster", "problem", f"{stage}: {f}", r) for f, r in _parts(lacks)]
     busy = shortfalls(plan, available)
     if busy:
+        deadline = f"{plan.timeout_s:g} s (placement.timeout_s)"
         remedy = f"see `ray status` for who holds the rest; a run waits up to {deadline} for it, and fails then"
         return [Line("placement", "cluster", "warning", f"{stage}, now: {f}", remedy) for f, _ in _parts(busy)]
     needed = ", ".join(f"{plan.needed(name):g} of {amount:g} {name}" for name, amount in total.items())

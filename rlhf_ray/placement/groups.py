@@ -58,10 +58,10 @@ class _Joining:
         """The bundles of a process, like those of its group; they may still have to be granted."""
         key = name, rank
         if key not in self._groups:
-            pending = any(of == name and not _nodes_of(group) for (of, _), group in self._groups.items())
+            others = [group for (of, _), group in self._groups.items() if of == name]
             self._groups[key] = self._ask(name)
             # Where another one waits, there is no room now.
-            if name in self._plan.spread and not pending:
+            if name in self._plan.spread and all(map(_nodes_of, others)):
                 self._groups[key].wait(GRANT_S)
         return self._groups[key]
 

@@ -135,8 +135,7 @@ def overview(
             said += f", or {finding.remedy}"
         waits = state.plan.autoscaling and finding.kind in OF_SEATS
         if waits:
-            deadline = f"{state.plan.timeout_s:g} s (placement.timeout_s)"
-            said = f"a run waits up to {deadline} for an autoscaler to add nodes, and fails without; or {said}"
+            said = f"{state.plan.waiting}; or {said}"
         found.append(Problem(finding, named, f"{finding.words}; {said}", waits))
     unknown = [name for name in state.plan.groups if name not in state.estimates]
     notes = [f"{name}: its memory is not known, since the model's shape or the GPU's memory is not" for name in unknown]

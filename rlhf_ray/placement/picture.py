@@ -11,7 +11,7 @@ from rich.table import Table
 from rlhf_ray.placement.checks import Contents
 from rlhf_ray.placement.inventory import Node
 from rlhf_ray.placement.memory import GIB, PARTS, Estimate
-from rlhf_ray.placement.overview import Overview
+from rlhf_ray.placement.overview import Overview, Problem
 from rlhf_ray.placement.plan import RESOURCE_KEYS
 
 BAR = 24
@@ -46,14 +46,17 @@ def as_values(found: list[Overview], nodes: list[Node]) -> dict[str, Any]:
                     for group, each in one.estimates.items()
                 },
                 "gpus": _gpus_as_values(one, nodes),
-                "problems": one.problems,
-                "waits": one.waits,
-                "changes": [list(problem.change) for problem in one.found],
+                "problems": [_with_change(problem) for problem in one.found if not problem.waits],
+                "waits": [_with_change(problem) for problem in one.found if problem.waits],
                 "notes": one.notes,
             }
             for one in found
         ],
     }
+
+
+def _with_change(problem: Problem) -> dict[str, Any]:
+    return {"words": problem.words, "change": list(problem.change)}
 
 
 def _gpus_as_values(one: Overview, nodes: list[Node]) -> list[dict[str, Any]]:

@@ -61,6 +61,12 @@ class Plan:
     split: dict[str, int] = field(default_factory=dict)
     later: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def waiting(self) -> str:
+        """What a run does where nodes are missing that may still come, in words."""
+        limit = f"{self.timeout_s:g} s (placement.timeout_s)"
+        return f"a run waits up to {limit} for an autoscaler to add nodes, and fails without"
+
     def processes(self, group: str) -> int:
         """How many processes a group has (rollout: engines)."""
         return len(self.groups[group]) // self.split.get(group, 1)

@@ -1,10 +1,10 @@
 """Several hosts on one machine: namespaces with addresses, links and shared memory of their own, a raylet in each.
 
-    python tests/system/hosts.py OUT.json OVERRIDES
+    python tests/system/hosts.py OUT.json '{"engines": 2}'
 
-Needs root and `ip`. Submits a PPO job over HTTP from outside: ranks of the policy on two hosts, engines on two others,
-reference, reward and critic on the head. Collectives and weights cross the links. Writes what was found, and leaves
-neither process nor namespace behind.
+The second argument holds keys of `rollout`, as JSON. Needs root and `ip`. Submits a PPO job over HTTP from outside:
+ranks of the policy on two hosts, engines on two others, reference, reward and critic on the head. Collectives and
+weights cross the links. Writes what was found, and leaves neither process nor namespace behind.
 """
 
 import json
