@@ -1,28 +1,38 @@
 """`rlhf-ray bench`: measurements on the machines that a run would use."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rlhf_ray.errors import ConfigError
 
+if TYPE_CHECKING:
+    from rlhf_ray.bench.iteration import IterationWorkload
+    from rlhf_ray.config import PPOConfig
+
 app = typer.Typer()
 bench = typer.Typer(no_args_is_help=True)
+ConfigFile = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[CONFIG.yaml]", help="A PPO configuration; without one, a small Llama.", show_default=False
+    ),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="section.key=value", help="Changes to it.", show_default=False)
+]
+Out = Annotated[Path | None, typer.Option(help="JSON file to write.")]
+
 app.add_typer(bench, name="bench", help="Measure how fast this system works here.")
 
 
 @bench.command()
 def rollout(
-    config: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[CONFIG.yaml]", help="A PPO configuration; without one, a small Llama.", show_default=False
-        ),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="section.key=value", help="Changes to it.", show_default=False)
-    ] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
     engines: Annotated[str, typer.Option(help="Numbers of engines, such as 1,2,4.")] = "1",
     tensor_parallel: Annotated[str, typer.Option(help="GPUs of each engine, such as 1,2.")] = "1",
     concurrency: Annotated[str, typer.Option(help="Responses that an engine samples at a time.")] = "16,64",
@@ -37,7 +47,7 @@ def rollout(
     recommend: Annotated[
         str | None, typer.Option(help="Name the best: `throughput`, or `p95=SECONDS` for the most at that latency.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    out: Out = None,
 ) -> None:
     """Sample with every combination of engines, concurrency and lengths, beside vLLM alone in the same run.
 
@@ -96,44 +106,117 @@ def rollout(
 
 @bench.command()
 def iteration(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="section.key=value", help="Changes to the configuration.", show_default=False),
-    ] = None,
+    overrides: Overrides = None,
     workload: Annotated[str, typer.Option(help="w1, w2 or w3; see docs/performance.md.")] = "w1",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     repeats: Annotated[int, typer.Option(min=1, help="Iterations that are measured, after one that warms up.")] = 5,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    out: Out = None,
 ) -> None:
     """Run iterations of PPO on random weights, beside the bare work of vLLM and torch on the same cores."""
+    from rlhf_ray.bench import report
+    from rlhf_ray.bench.iteration import bench_iteration
+
+    with _measured(None, overrides or [], workload, dtype, repeats) as (config, found, chosen):
+        row = bench_iteration(config, chosen)
+        typer.echo(report.iteration_lines(workload, dtype, row))
+        if out is not None:
+            report.write(out, {"benchmark": "iteration", **found, "max_staleness": config.ppo.max_staleness, **row})
+
+
+@bench.command()
+def transfer(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    workload: Annotated[str, typer.Option(help="Whose model to take without a configuration.")] = "w3",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16, without a configuration.")] = "fp32",
+    repeats: Annotated[int, typer.Option(min=1, help="Transfers that are measured, after one that warms up.")] = 10,
+    out: Out = None,
+) -> None:
+    """Send the policy's weights to the engines, beside one copy of the same bytes in memory."""
+    from rlhf_ray.bench import report
+    from rlhf_ray.bench.transfer import bench_transfer
+
+    with _measured(config, overrides or [], workload, dtype, repeats) as (loaded, found, _):
+        row = bench_transfer(loaded, repeats)
+        typer.echo(report.transfer_lines(row))
+        if out is not None:
+            report.write(out, {"benchmark": "transfer", **found, **row})
+
+
+@bench.command()
+def packing(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    workload: Annotated[str, typer.Option(help="Whose model and prompts to take without a configuration.")] = "w2",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16, without a configuration.")] = "fp32",
+    response: Annotated[str, typer.Option(help="Tokens of the responses, as for `bench rollout`.")] = (
+        "lognormal:48:0.9:384"
+    ),
+    repeats: Annotated[int, typer.Option(min=1, help="Steps that are measured, after one that warms up.")] = 10,
+    out: Out = None,
+) -> None:
+    """Train the policy on responses of different lengths, beside as many of their mean length."""
+    from rlhf_ray.bench import report
+    from rlhf_ray.bench.packing import bench_packing
+    from rlhf_ray.bench.workload import parse_lengths
+
+    lengths = parse_lengths(response, "--response")
+    with _measured(config, overrides or [], workload, dtype, repeats) as (loaded, found, chosen):
+        row = bench_packing(loaded, chosen.prompt_tokens, lengths, repeats)
+        typer.echo(report.packing_lines(row))
+        if out is not None:
+            report.write(out, {"benchmark": "packing", **found, **row})
+
+
+@contextmanager
+def _measured(
+    path: Path | None, overrides: list[str], workload: str, dtype: str, repeats: int
+) -> "Iterator[tuple[PPOConfig, dict[str, Any], IterationWorkload]]":
+    """Be connected to the cluster that a configuration names; without one, to one of this machine's cores.
+
+    Yields:
+        The configuration, circumstances and settings of the measurement, and the workload.
+    """
     import os
     import tempfile
 
     import ray
 
     from rlhf_ray.bench import report
-    from rlhf_ray.bench.iteration import WORKLOADS, bench_iteration, built_in_config
+    from rlhf_ray.bench.iteration import WORKLOADS, built_in_config
+    from rlhf_ray.config import PPOConfig, load_config
     from rlhf_ray.placement.plan import make_plan
 
     if workload not in WORKLOADS:
         raise ConfigError(f"--workload: found {workload!r}, expected one of {', '.join(WORKLOADS)}")
+    chosen = WORKLOADS[workload]
+    path, overrides = _config_or_change(path, overrides)
+    if path is not None:
+        loaded = load_config(path, overrides, "ppo")
+        assert isinstance(loaded, PPOConfig)
+        with report.measured_cluster(loaded.run.ray_address) as nodes:
+            settings = {"config": loaded.model_dump(mode="json"), "repeats": repeats}
+            yield loaded, report.circumstances(nodes) | settings, chosen
+        return
     with tempfile.TemporaryDirectory(prefix="rlhf-ray-bench-") as folder:
-        config = built_in_config(WORKLOADS[workload], dtype, Path(folder), repeats + 1, overrides or [])
+        config = built_in_config(chosen, dtype, Path(folder), repeats + 1, overrides)
         # Groups that work one after the other use the same cores, so that Ray is told of more than there are.
         ray.init(
             "local", num_cpus=int(make_plan(config).needed("CPU")) + 1, include_dashboard=False, log_to_driver=False
         )
         try:
-            row = bench_iteration(config, WORKLOADS[workload])
             found = report.circumstances(report.inventory())
             found["hardware"][0]["cpus"] = len(os.sched_getaffinity(0))
+            yield config, found | {"workload": workload, "dtype": dtype, "repeats": repeats}, chosen
         finally:
             ray.shutdown()
-        typer.echo(report.iteration_lines(workload, dtype, row))
-        if out is not None:
-            settings = {"workload": workload, "dtype": dtype, "repeats": repeats}
-            settings["max_staleness"] = config.ppo.max_staleness
-            report.write(out, {"benchmark": "iteration", **found, **settings, **row})
+
+
+def _config_or_change(path: Path | None, overrides: list[str]) -> tuple[Path | None, list[str]]:
+    """The first argument may be a change, where there is no configuration."""
+    if path is not None and "=" in str(path):
+        return None, [str(path), *overrides]
+    return path, overrides
 
 
 def _numbers(text: str, option: str) -> list[int]:
@@ -152,8 +235,7 @@ def _config(path: Path | None, overrides: list[str], folder: Path, engines: int)
     from rlhf_ray.config import load_config
     from rlhf_ray.config.load import from_dict
 
-    if path is not None and "=" in str(path):  # there is no configuration, and this is the first change
-        path, overrides = None, [str(path), *overrides]
+    path, overrides = _config_or_change(path, overrides)
     if path is not None:
         return load_config(path, overrides, "ppo")
     model = folder / "model"

@@ -110,7 +110,8 @@ def built_in_config(
             "max_concurrency": workload.prompts,
             "max_new_tokens": workload.response.largest,
         },
-        "training": {"dtype": dtype, "zero_stage": 0},
+        # Tensors of more tokens are above what glibc keeps (`runtime.cluster`), and no faster.
+        "training": {"dtype": dtype, "zero_stage": 0, "micro_batch_tokens": 2048},
         "ppo": {"iterations": count, "prompts_per_iteration": workload.prompts, "kl_coef": 0.05},
     }
     config = from_dict(values, "ppo", overrides, "the built-in configuration")

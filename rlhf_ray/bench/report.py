@@ -110,14 +110,13 @@ def table(rows: list[dict[str, Any]], unit: str) -> Table:
     return found
 
 
+def said(values: dict[str, float], form: str = "{:.2f}") -> str:
+    """A summary for people: the median, and the least and the largest in brackets."""
+    return f"{form.format(values['median'])} ({form.format(values['min'])} to {form.format(values['max'])})"
+
+
 def iteration_lines(workload: str, dtype: str, row: dict[str, Any]) -> str:
     """A measured iteration for people."""
-
-    def said(values: dict[str, float], form: str = "{:.2f}") -> str:
-        return " ".join(
-            [form.format(values["median"]), f"({form.format(values['min'])} to {form.format(values['max'])})"]
-        )
-
     lines = [f"{workload}, {dtype}: {said(row['iteration_s'])} s an iteration"]
     lines += [f"  {name}: {said(values)} s" for name, values in row["parts_s"].items()]
     lines.append(f"  nobody busy: {said(row['nobody_busy'], '{:.1%}')}")
@@ -126,6 +125,27 @@ def iteration_lines(workload: str, dtype: str, row: dict[str, Any]) -> str:
     lines += [f"  {name}: {said(values)} s" for name, values in row["bare_parts_s"].items()]
     lines.append(f"iteration / bare work: {said(row['share_of_bare'])}")
     return "\n".join(lines)
+
+
+def transfer_lines(row: dict[str, Any]) -> str:
+    """Measured transfers for people."""
+    return (
+        f"{row['parameters'] / 1e6:.1f} million parameters, {row['bytes'] / 2**20:.0f} MiB, {row['engines']} engines\n"
+        f"transfer: {said(row['transfer_s'], '{:.3f}')} s\n"
+        f"a copy in memory: {said(row['copy_s'], '{:.3f}')} s\n"
+        f"transfer / copy: {said(row['transfer_per_copy'])}"
+    )
+
+
+def packing_lines(row: dict[str, Any]) -> str:
+    """Measured training on different and on equal lengths, for people."""
+    rates = row["tokens_per_s"]
+    return (
+        f"{row['responses']} responses of {row['response_tokens']} tokens (the longest {row['longest']}): "
+        f"{said(rates['drawn'], '{:.0f}')} tokens/s\n"
+        f"as many of their mean length: {said(rates['equal'], '{:.0f}')} tokens/s\n"
+        f"different / equal lengths: {said(row['share_of_equal'])}"
+    )
 
 
 def recommend(rows: list[dict[str, Any]], goal: str) -> dict[str, Any]:

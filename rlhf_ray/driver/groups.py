@@ -62,9 +62,9 @@ def running_groups(
         stack.callback(rollout.stop)
         if not takes_turns(config):
             rollout.launch()
-        policy = _trainer(config, placement, "policy", patience)
+        policy = trainer_group(config, placement, "policy", patience)
         stack.callback(policy.stop)
-        critic = _trainer(config, placement, "critic", patience)
+        critic = trainer_group(config, placement, "critic", patience)
         stack.callback(critic.stop)
         scorer = Scorer(config, placement, critic, tokenizer, tokenizer_folder, patience)
         stack.callback(scorer.stop)
@@ -96,7 +96,8 @@ def policy_steps(config: PPOConfig) -> int:
     return trained * config.ppo.epochs * config.ppo.minibatches
 
 
-def _trainer(config: PPOConfig, placement: Placement, name: str, patience: Patience) -> TrainerGroup:
+def trainer_group(config: PPOConfig, placement: Placement, name: str, patience: Patience) -> TrainerGroup:
+    """The trainer of "policy" or "critic", still to be started."""
     policy = name == "policy"
     section = config.policy if policy else config.critic
     spec = TrainerSpec(

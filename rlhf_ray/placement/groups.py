@@ -113,10 +113,10 @@ class Placement:
     logs: Path  # folder of the actors' logs
     joining: _Joining  # of processes beyond the plan
 
-    def environment(self, name: str, cpus: float) -> dict[str, str]:
+    def environment(self, name: str, cpus: float, gpus: float = 0.0) -> dict[str, str]:
         """Environment of an actor: its threads, its name and where it logs."""
         return {
-            **actor_environment(cpus),
+            **actor_environment(cpus, gpus),
             **logging_environment(self.logs, name),
             ACTOR: name,
             LOGS: str(self.logs),
@@ -148,7 +148,7 @@ class Placement:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 group, placement_group_bundle_index=index, placement_group_capture_child_tasks=True
             ),
-            "runtime_env": {"env_vars": self.environment(actor, cpus)},
+            "runtime_env": {"env_vars": self.environment(actor, cpus, gpus)},
         }
 
     def doubled(self, name: str, rank: int) -> bool:

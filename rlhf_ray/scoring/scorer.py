@@ -135,10 +135,10 @@ class Scorer:
             options = self._placement.options(group, rank)
             if shared > 1:
                 options["name"] = f"{group}-{own}-{rank}"
-                environment = self._placement.environment(options["name"], options["num_cpus"] / shared)
-                options["runtime_env"] = {"env_vars": environment}
                 options["num_cpus"] /= shared
                 options["num_gpus"] /= shared
+                resources = options["num_cpus"], options["num_gpus"]
+                options["runtime_env"] = {"env_vars": self._placement.environment(options["name"], *resources)}
             actors.append(ray.remote(actor).options(**options).remote(*args))
         return actors
 

@@ -1,4 +1,4 @@
-"""`rlhf-ray bench iteration`: real iterations on random weights, beside real bare work."""
+"""`rlhf-ray bench iteration|transfer|packing`: real groups on random weights, beside real bare work."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.bench.iteration import IterationWorkload, bench_iteration, built_in_config
+from rlhf_ray.bench.packing import bench_packing
 from rlhf_ray.bench.random_models import write_llama
-from rlhf_ray.bench.report import iteration_lines
+from rlhf_ray.bench.report import iteration_lines, packing_lines, transfer_lines
+from rlhf_ray.bench.transfer import bench_transfer
 from rlhf_ray.bench.workload import LogNormal
 from rlhf_ray.cli import main
 
@@ -49,6 +51,34 @@ def test_an_iteration_and_the_bare_work_in_it_are_measured(ray_cluster: None, tm
     lengths = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["completions/mean_length"]
     assert lengths == pytest.approx(sum(workload.requests(0).lengths) / 6)
     assert "iteration / bare work" in iteration_lines("tiny", "fp32", row)
+
+
+@pytest.mark.system
+def test_transfers_are_measured_beside_a_copy_of_the_same_bytes(ray_cluster: None, tmp_path: Path):
+    workload = IterationWorkload(TINY, 2, 48, LogNormal(12, 0.9, 40))
+    overrides = ["rollout.enforce_eager=true", "rollout.kv_cache_gib=0.05", "run.timeout_s=120"]
+    overrides += ["rollout.cpus=0.5", "policy.cpus=0.5"]
+    row = bench_transfer(built_in_config(workload, "bf16", tmp_path, 1, overrides), 2)
+    # Embeddings, which are the output layer, too, and two layers: attention, feed-forward, norms; and the last norm.
+    layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 64 + 2 * 128
+    assert row["parameters"] == 256 * 128 + 2 * layer + 128
+    assert row["bytes"] == 2 * row["parameters"]
+    assert 0 < row["copy_s"]["min"] < row["transfer_s"]["min"] < row["warm_up_s"]
+    ratio = row["transfer_s"]["median"] / row["copy_s"]["median"]
+    assert row["transfer_per_copy"]["median"] == pytest.approx(ratio)
+    assert "transfer / copy" in transfer_lines(row)
+
+
+@pytest.mark.system
+def test_training_on_different_lengths_is_measured_beside_equal_ones(ray_cluster: None, tmp_path: Path):
+    response = LogNormal(12, 0.9, 40)
+    config = built_in_config(IterationWorkload(TINY, 8, 8, response), "fp32", tmp_path, 1, ["policy.cpus=0.5"])
+    row = bench_packing(config, 8, response, 2)
+    assert row["responses"] == 8
+    assert row["tokens"]["equal"] == pytest.approx(row["tokens"]["drawn"], abs=8)
+    assert all(0 < rates["min"] <= rates["max"] for rates in row["tokens_per_s"].values())
+    assert 0 < row["share_of_equal"]["min"] <= row["share_of_equal"]["max"]
+    assert "different / equal lengths" in packing_lines(row)
 
 
 def test_random_models_have_a_tokenizer_of_numbers(tmp_path: Path):

@@ -1,0 +1,89 @@
+"""`rlhf-ray bench transfer`: how long new weights take to reach the engines, beside one copy of the same bytes."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from rlhf_ray.bench.rollout import spread
+from rlhf_ray.config.ppo import PPOConfig
+from rlhf_ray.driver.groups import engine_spec, trainer_group
+from rlhf_ray.errors import ModelError
+from rlhf_ray.placement.groups import reserve
+from rlhf_ray.placement.memory import BYTES
+from rlhf_ray.placement.plan import demands, plan_of
+from rlhf_ray.placement.shapes import find_shape
+from rlhf_ray.rollout.pool import RolloutPool
+from rlhf_ray.runtime.cluster import actor_environment, connection
+from rlhf_ray.runtime.patience import patience_of
+from rlhf_ray.runtime.remote import get
+
+GROUPS = ("policy", "rollout")
+PROBE = list(range(10, 42))
+
+
+class Copier:
+    """A Ray actor that copies bytes within memory."""
+
+    def copy(self, size: int) -> float:
+        """Seconds to copy `size` bytes between two buffers that were written before."""
+        source, target = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+        started = time.perf_counter()
+        target.copy_(source)
+        return time.perf_counter() - started
+
+
+def bench_transfer(config: PPOConfig, repeats: int) -> dict[str, Any]:
+    """Send the policy's weights to idle engines, and copy as many bytes within one process, in turns.
+
+    A transfer is all that lies between the last response on old weights and the first on new ones: engines stop,
+    receive and load, the probe agrees, they serve.
+
+    Args:
+        config: its policy and rollout engines are started; they log into `<run.dir>-bench`.
+        repeats: transfers that are measured, after one that connects and warms up.
+
+    Returns:
+        Parameters, bytes on the wire, seconds of a transfer and of a copy, and their ratio, with median and spread.
+
+    Raises:
+        RlhfError: the cluster is too small, or a process failed.
+    """
+    logs = Path(config.run.dir + "-bench").absolute()
+    logs.mkdir(parents=True, exist_ok=True)
+    patience = patience_of(config.run)
+    plan = plan_of([demand for demand in demands(config) if demand.name in GROUPS], config.placement.of(GROUPS))
+    transfers, copies = [], []
+    with connection(config.run.ray_address), reserve(plan, logs) as placement:
+        environment = {"env_vars": actor_environment(config.policy.cpus)}
+        actor_class: Any = ray.remote(Copier)
+        copier = actor_class.options(num_cpus=0, runtime_env=environment).remote()
+        pool = RolloutPool(engine_spec(config, ()), placement, patience)
+        pool.launch()
+        policy = trainer_group(config, placement, "policy", patience)
+        try:
+            policy.start().result()
+            pool.start()
+            shape = find_shape(config.policy.path)  # a model of the hub is on this machine by now
+            if shape is None:
+                raise ModelError(f"policy.path: {config.policy.path} has no config.json that tells its size")
+            size = shape.parameters * BYTES[config.rollout.dtype]
+            for version in range(repeats + 1):
+                transfers.append(pool.update_weights(policy, version, PROBE)["time/transfer"])
+                copies.append(get(copier.copy.remote(size), "a copy in memory", config.run.timeout_s))
+        finally:
+            policy.stop()
+            pool.stop()
+            ray.kill(copier)
+    copy_s = spread(copies[1:])
+    return {
+        "engines": config.rollout.engines,
+        "parameters": shape.parameters,
+        "bytes": size,
+        "warm_up_s": transfers[0],
+        "transfer_s": spread(transfers[1:]),
+        "copy_s": copy_s,
+        "transfer_per_copy": spread([one / copy_s["median"] for one in transfers[1:]]),
+    }
