@@ -26,7 +26,7 @@ REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
 # Tokens whose logits exist at a time (`models/logprobs.py`), and bytes of a transfer bucket (`rollout/buckets.py`).
 LOGIT_TOKENS = 1024
-BUCKET_BYTES = 64 * 2**20
+BUCKET_BYTES = 16 * 2**20
 # Tokens of one step of vLLM's scheduler: ours on a CPU (`rollout/engine.py`), vLLM's default on a GPU.
 CPU_STEP_TOKENS = 4096
 GPU_STEP_TOKENS = 2048
@@ -247,13 +247,13 @@ def _engine(config: PPOConfig, shape: ModelShape, gpu_memory_gib: float | None) 
         cache = (
             rollout.kv_cache_gib * GIB
             if rollout.kv_cache_gib
-            else max(taken - weights - activations - BUCKET_BYTES - process, 0.0)
+            else max(taken - weights - activations - 2 * BUCKET_BYTES - process, 0.0)
         )
     parts = {
         "weights": weights,
         "activations": activations,
         "KV cache": cache,
-        "buffers": float(BUCKET_BYTES),
+        "buffers": 2.0 * BUCKET_BYTES,  # one is loaded while the next arrives
         "process": process,
     }
     return Estimate(parts, on_gpu)

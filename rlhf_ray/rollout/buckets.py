@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-# Large enough that per-message cost vanishes, small enough that two of them never matter beside a model.
-BUCKET_BYTES = 64 * 2**20
+# Large enough that per-message cost vanishes; small enough that the first is soon there, to be loaded while the next
+# one travels, and that the allocator keeps their memory (`runtime.cluster.KEPT_MEMORY`).
+BUCKET_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)

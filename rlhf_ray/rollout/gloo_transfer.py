@@ -5,7 +5,7 @@ vLLM's own backends need CUDA. This one registers as `gloo` on both sides of the
 broadcast. The sender listens on a port that the operating system chose, so nothing can take it in between.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -61,9 +61,9 @@ def _join_group(store: TCPStore, rank: int, info: GlooInitInfo) -> ProcessGroupG
     return ProcessGroupGloo(PrefixStore("weights", store), rank, info.world_size, timedelta(seconds=info.timeout_s))
 
 
-def _broadcast(group: Any, flat: torch.Tensor) -> None:
-    """One bucket from the sender to all workers (torch's stubs leave gloo's collectives out)."""
-    group.broadcast(flat, 0).wait()
+def _broadcast(group: Any, flat: torch.Tensor) -> Any:
+    """Begin to send one bucket to all workers, or to receive it (torch's stubs leave gloo's collectives out)."""
+    return group.broadcast(flat, 0)
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
@@ -100,11 +100,22 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         if self._group is None:
             raise RuntimeError("weight transfer: the trainer has not connected to this engine")
         load_weights: Any = self.model.load_weights
-        for bucket in plan_buckets(update_info.specs(), self._bucket_bytes):
+        for flat, bucket in self._received(plan_buckets(update_info.specs(), self._bucket_bytes)):
+            load_weights(read_bucket(flat, bucket))
+
+    def _received(self, buckets: list[list[TensorSpec]]) -> Iterator[tuple[torch.Tensor, list[TensorSpec]]]:
+        """Each bucket with its bytes, while the next one is on its way."""
+        arriving = None
+        for bucket in buckets:
             # A fresh buffer each time: the layerwise reload keeps views until a layer is complete.
             flat = torch.empty(sum(spec.num_bytes for spec in bucket), dtype=torch.uint8)
-            _broadcast(self._group, flat)
-            load_weights(read_bucket(flat, bucket))
+            before, arriving = arriving, (_broadcast(self._group, flat), flat, bucket)
+            if before is not None:
+                before[0].wait()
+                yield before[1:]
+        if arriving is not None:
+            arriving[0].wait()
+            yield arriving[1:]
 
     def finish_weight_update(self) -> None:
         """Close the layerwise reload, and repack a tied output layer."""
@@ -193,8 +204,13 @@ class GlooTrainerTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]
         )
         self.client.start_weight_update()
         with _beside(self.client.update_weights, asdict(update)):
+            sending = None
             for flat in fill_buckets(self.source, plan_buckets(specs, self._bucket_bytes)):
-                _broadcast(self._group, flat)
+                if sending is not None:
+                    sending.wait()
+                sending = _broadcast(self._group, flat)  # while the next one is filled
+            if sending is not None:
+                sending.wait()
         self.client.finish_weight_update()
 
     def shutdown(self) -> None:
