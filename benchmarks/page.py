@@ -36,6 +36,28 @@ reward, one epoch, one optimizer step. "Nobody busy": no process but the driver 
 the scorers' work after which nobody waited. The middle of the iterations, the least and the largest in brackets.
 """
 
+TRANSFER = """
+## Weight transfer
+
+New weights from the trainer to an idle engine, beside one copy of the same bytes within a process. A transfer is all of
+it: the engine stops, receives and loads the buckets, answers the probe, and serves. Most of it is vLLM's own loading,
+which copies each layer into the layout of its kernels; what does not depend on the size is the first row's.
+"""
+
+PACKING = """
+## Different lengths
+
+Optimizer steps of the policy on responses of different lengths beside as many of their mean length, in turns. Real
+tokens alone count, those of prompts and responses.
+"""
+
+SCALING = """
+## Many engines, one driver
+
+The driver's side of sampling alone: the pool, Ray's streams and the trajectories are those of a run, the engines only
+wait as long as their responses would take. CPU time is all that the driver's process took, Ray's threads included.
+"""
+
 MEMORY = """
 ## Memory
 
@@ -77,12 +99,9 @@ def rollout(report: dict[str, Any]) -> list[str]:
 
 def iteration(reports: list[dict[str, Any]]) -> list[str]:
     """Runs of `rlhf-ray bench iteration`, a row each, and what the bare work is made of."""
-    lines: list[str] = []
-    for report in reports:
-        lines.append(f"\n`{report['command']}`, {report['processor']}, commit {report['commit']}")
     names = ("workload", "precision", "ahead", "iteration, s", "generate", "score", "train", "transfer")
     names += ("bare work, s", "iteration / bare", "nobody busy", "scoring hidden")
-    lines += ["", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines = [*_commands(reports), *_header(*names)]
     for report in reports:
         parts = [f"{report['parts_s'][name]['median']:.2f}" for name in ("generate", "score", "train", "transfer")]
         cells = (
@@ -102,6 +121,46 @@ def iteration(reports: list[dict[str, Any]]) -> list[str]:
 
 def _spread(values: dict[str, float], form: str) -> str:
     return f"{form.format(values['median'])} ({form.format(values['min'])} to {form.format(values['max'])})"
+
+
+def transfer(reports: list[dict[str, Any]]) -> list[str]:
+    """Runs of `rlhf-ray bench transfer`, a row each, the smallest model first."""
+    lines = [*_commands(reports), *_header("parameters, million", "MiB", "transfer, s", "copy, s", "transfer / copy")]
+    for report in sorted(reports, key=lambda one: one["bytes"]):
+        cells = [f"{report['parameters'] / 1e6:.1f}", f"{report['bytes'] / 2**20:.0f}"]
+        cells += [_spread(report[name], "{:.3f}") for name in ("transfer_s", "copy_s")]
+        lines.append("| " + " | ".join([*cells, _spread(report["transfer_per_copy"], "{:.1f}")]) + " |")
+    return lines
+
+
+def packing(reports: list[dict[str, Any]]) -> list[str]:
+    """Runs of `rlhf-ray bench packing`, a row each."""
+    names = ("responses", "of tokens", "different, tokens/s", "equal, tokens/s", "different / equal")
+    lines = [*_commands(reports), *_header(*names)]
+    for report in reports:
+        cells = [str(report["responses"]), report["response_tokens"]]
+        cells += [_spread(report["tokens_per_s"][name], "{:.0f}") for name in ("drawn", "equal")]
+        lines.append("| " + " | ".join([*cells, _spread(report["share_of_equal"], "{:.2f}")]) + " |")
+    return lines
+
+
+def scaling(reports: list[dict[str, Any]]) -> list[str]:
+    """Runs of `rlhf-ray bench scaling`."""
+    names = ("engines", "under way", "responses/s", "driver's CPU, ms a response", "share of a core")
+    lines = [*_commands(reports), *_header(*names, "memory, KiB a response under way")]
+    for row in (row for report in reports for row in report["rows"]):
+        cells = [row["engines"], row["in_flight"], f"{row['trajectories_per_s']:.0f}"]
+        cells += [f"{row['driver_cpu_ms_per_trajectory']:.2f}", f"{row['driver_cpu_share']:.0%}"]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{row['memory_growth_kib_per_request']:.1f}"])) + " |")
+    return lines
+
+
+def _commands(reports: list[dict[str, Any]]) -> list[str]:
+    return [f"\n`{one['command']}`, {one['processor']}, commit {one['commit']}" for one in reports]
+
+
+def _header(*names: str) -> list[str]:
+    return ["", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
 
 
 def memory(report: dict[str, Any]) -> list[str]:
@@ -136,6 +195,13 @@ def page() -> str:
     iterations = [report for report in reports.values() if report.get("benchmark") == "iteration"]
     if iterations:
         lines += [ITERATION.rstrip(), *iteration(iterations)]
+    for name, head, table in (
+        ("transfer", TRANSFER, transfer),
+        ("packing", PACKING, packing),
+        ("scaling", SCALING, scaling),
+    ):
+        found = [report for report in reports.values() if report.get("benchmark") == name]
+        lines += [head.rstrip(), *table(found)] if found else []
     lines += [MEMORY.rstrip(), *memory(reports["memory"])]
     return "\n".join(lines) + "\n"
 

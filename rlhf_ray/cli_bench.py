@@ -168,6 +168,33 @@ def packing(
             report.write(out, {"benchmark": "packing", **found, **row})
 
 
+@bench.command()
+def scaling(
+    engines: Annotated[str, typer.Option(help="Numbers of simulated engines, such as 10,100,1000.")] = "10,100,1000",
+    requests: Annotated[int, typer.Option(min=1, help="Responses under way at each engine.")] = 16,
+    speed: Annotated[float, typer.Option(min=1, help="Tokens a second of each response.")] = 50.0,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster; without one, this machine.")] = None,
+    out: Out = None,
+) -> None:
+    """Serve many engines from one driver: its CPU time a response and its memory, with engines that only pretend."""
+    import os
+
+    from rlhf_ray.bench import report
+    from rlhf_ray.bench.scaling import bench_driver
+
+    counts = _numbers(engines, "--engines")
+    with report.measured_cluster(address) as nodes:
+        found = report.circumstances(nodes)
+        processes = max(1, len(os.sched_getaffinity(0)) - 1)
+        rows = []
+        for row in bench_driver(counts, requests, processes, speed):
+            rows.append(row)
+            typer.echo(report.driver_line(row))
+    if out is not None:
+        settings = {"requests": requests, "tokens_per_s": speed, "processes": processes}
+        report.write(out, {"benchmark": "scaling", **found, **settings, "rows": rows})
+
+
 @contextmanager
 def _measured(
     path: Path | None, overrides: list[str], workload: str, dtype: str, repeats: int

@@ -148,6 +148,16 @@ def packing_lines(row: dict[str, Any]) -> str:
     )
 
 
+def driver_line(row: dict[str, Any]) -> str:
+    """What a driver took to serve simulated engines, for people."""
+    return (
+        f"{row['engines']} engines, {row['in_flight']} responses under way: "
+        f"{row['driver_cpu_ms_per_trajectory']:.2f} ms of the driver's CPU a response, "
+        f"{row['driver_cpu_share']:.0%} of a core, {row['trajectories_per_s']:.0f} responses/s, "
+        f"{row['memory_growth_kib_per_request']:.1f} KiB of memory for each"
+    )
+
+
 def recommend(rows: list[dict[str, Any]], goal: str) -> dict[str, Any]:
     """The best combination for a goal.
 

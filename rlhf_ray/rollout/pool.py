@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from heapq import heapify, heapreplace
 from typing import Any
+from weakref import WeakSet
 
 import ray
 import torch
@@ -28,6 +30,9 @@ logger = logging.getLogger(__name__)
 # Mean absolute difference of the probe's log-probabilities beyond which an engine does not hold the trainer's weights.
 # fp32 engines agree to about 1e-6; bf16 rounds each of them by a few hundredths.
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+
+# What many engines finish within this many seconds an engine is taken together: each look at them costs.
+GATHER_S = 5e-5
 
 SAMPLING = "rollout engines: the longest wait for a response"
 
@@ -52,6 +57,7 @@ class RolloutPool:
         self._serving: dict[int, Any] = {}
         self._joining: dict[int, tuple[Any, Any]] = {}  # rank -> engine, its answer once it is up
         self._connected: list[Any] = []
+        self._under_way: WeakSet[_Stream] = WeakSet()  # those of all threads
         self._changing = threading.RLock()  # who serves, and with which weights
         self._stopped = False
 
@@ -237,8 +243,8 @@ class RolloutPool:
     def generate(self, requests: Sequence[SampleRequest]) -> Iterator[list[Trajectory]]:
         """Sample every request; yields trajectories as they finish.
 
-        Requests of one prompt go to one engine, so that it computes the prompt once. Where an engine dies, the others
-        take over what it owed, and a new one starts in its place.
+        Requests of one prompt go to one engine, so that it computes the prompt once: to the one that has the fewest
+        tokens to do. Where an engine dies, the others take over what it owed, and a new one starts in its place.
 
         Raises:
             EngineError: the last engine died.
@@ -251,54 +257,74 @@ class RolloutPool:
         while pending:
             ready: list[Any]
             asked, limit = time.monotonic(), self._patience.limit(SAMPLING)
-            ready, pending = ray.wait(pending, num_returns=1, timeout=limit, fetch_local=False)
+            ready, _ = ray.wait(pending, num_returns=1, timeout=limit, fetch_local=False)
             if not ready:
                 names = ", ".join(f"rollout-{streams[stream].rank}" for stream in pending)
                 raise Stalled(f"{names}: no response finished within {limit:g} s")
             longest = max(longest, time.monotonic() - asked)
-            for stream in ready:
-                owed = streams[stream]
-                try:
-                    finished = self._answers(stream, owed)
-                except ActorDied as error:
-                    handed_over = self._hand_over(owed, error)
+            together = GATHER_S * len(pending)
+            ready, pending = ray.wait(pending, num_returns=len(pending), timeout=together, fetch_local=False)
+            finished: list[Trajectory] = []
+            for stream, answer in self._answers({stream: streams[stream] for stream in ready}).items():
+                if isinstance(answer, ActorDied):
+                    handed_over = self._hand_over(streams[stream], answer)
                     streams |= handed_over
                     pending += handed_over
-                    continue
-                if not finished:
-                    continue
-                for trajectory in finished:
-                    del owed.requests[trajectory.uid, trajectory.sample]
+                elif answer:
+                    for trajectory in answer:
+                        del streams[stream].requests[trajectory.uid, trajectory.sample]
+                    finished += answer
+                    pending.append(stream)
+            if finished:
                 yield finished
-                pending.append(stream)
         self._patience.took(SAMPLING, longest)  # once a call: the first response may take much longer than the next
 
-    def _answers(self, stream: Any, owed: "_Stream") -> list[Trajectory]:
-        """The next trajectories of a stream, none at its end.
+    def _answers(self, ready: dict[Any, "_Stream"]) -> dict[Any, list[Trajectory] | ActorDied]:
+        """The next trajectories of each stream, none at its end; or that its engine died, or left with some owed.
 
         Raises:
-            ActorDied: the engine died, or left before it had answered all.
+            EngineError: an engine failed in another way.
         """
+        found: dict[Any, list[Trajectory] | ActorDied] = {}
+        items = {}
+        for stream, owed in ready.items():
+            try:
+                items[stream] = next(stream)
+            except StopIteration:
+                found[stream] = ActorDied(f"rollout-{owed.rank} left") if owed.requests else []
         try:
-            return get(next(stream), f"rollout-{owed.rank}: sampling", self._patience.ceiling_s)
-        except StopIteration:
-            if owed.requests:
-                raise ActorDied(f"rollout-{owed.rank} left") from None
-            return []
+            answers = get(list(items.values()), "rollout engines: sampling", self._patience.ceiling_s)
+            return found | dict(zip(items, answers, strict=True))
+        except EngineError:  # one by one, to see which
+            for stream, item in items.items():
+                try:
+                    found[stream] = get(item, f"rollout-{ready[stream].rank}: sampling", self._patience.ceiling_s)
+                except ActorDied as error:
+                    found[stream] = error
+            return found
 
     def _send(self, requests: Sequence[SampleRequest]) -> dict[Any, "_Stream"]:
-        """Share requests out over the engines that serve, those of one prompt to one of them."""
-        ranks = sorted(self._serving)
-        shares: dict[int, list[SampleRequest]] = {}
-        rank_of: dict[str, int] = {}
+        """Share requests out over the engines that serve: those of a prompt to the one with the fewest tokens to do."""
+        of_prompt: dict[str, list[SampleRequest]] = {}
         for request in requests:
-            rank = rank_of.setdefault(request.uid, ranks[len(rank_of) % len(ranks)])
-            shares.setdefault(rank, []).append(request)
+            of_prompt.setdefault(request.uid, []).append(request)
+        loads = dict.fromkeys(self._serving, 0)
+        for owed in self._under_way:
+            if owed.rank in loads:
+                loads[owed.rank] += _tokens(list(owed.requests.values()))
+        least = [(load, rank) for rank, load in sorted(loads.items())]
+        heapify(least)
+        shares: dict[int, list[SampleRequest]] = {}
+        for group in of_prompt.values():
+            load, rank = least[0]
+            heapreplace(least, (load + _tokens(group), rank))
+            shares.setdefault(rank, []).extend(group)
         streams = {}
-        for rank, share in shares.items():
+        for rank, share in sorted(shares.items()):
             engine = self._serving[rank]
             stream = engine.generate.options(num_returns="streaming").remote(share)
             streams[stream] = _Stream(rank, engine, {(request.uid, request.sample): request for request in share})
+        self._under_way.update(streams.values())
         return streams
 
     def _hand_over(self, owed: "_Stream", error: ActorDied) -> dict[Any, "_Stream"]:
@@ -312,7 +338,9 @@ class RolloutPool:
                 raise error
             self._replace(owed.rank, owed.engine, error)
             logger.warning("%s. %d responses go to the other engines", error, len(owed.requests))
-            return self._send(list(owed.requests.values()))
+            requests = list(owed.requests.values())
+            owed.requests.clear()
+            return self._send(requests)
 
     def _end(self, engine: Any) -> None:
         """End an engine and wait until it is gone, so that its name is free for another."""
@@ -331,7 +359,12 @@ class RolloutPool:
             ray.kill(engine)
 
 
-@dataclass
+def _tokens(requests: Sequence[SampleRequest]) -> int:
+    """The most that an engine has to compute for them."""
+    return sum(len(request.prompt_ids) + request.max_new_tokens for request in requests)
+
+
+@dataclass(eq=False)
 class _Stream:
     """A generate call under way: its engine, and the requests that it still owes."""
 

@@ -1,4 +1,4 @@
-"""`rlhf-ray bench iteration|transfer|packing`: real groups on random weights, beside real bare work."""
+"""`rlhf-ray bench iteration|transfer|packing|scaling`: real groups on random weights, beside real bare work."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,8 @@ import pytest
 from rlhf_ray.bench.iteration import IterationWorkload, bench_iteration, built_in_config
 from rlhf_ray.bench.packing import bench_packing
 from rlhf_ray.bench.random_models import write_llama
-from rlhf_ray.bench.report import iteration_lines, packing_lines, transfer_lines
+from rlhf_ray.bench.report import driver_line, iteration_lines, packing_lines, transfer_lines
+from rlhf_ray.bench.scaling import bench_driver
 from rlhf_ray.bench.transfer import bench_transfer
 from rlhf_ray.bench.workload import LogNormal
 from rlhf_ray.cli import main
@@ -79,6 +80,16 @@ def test_training_on_different_lengths_is_measured_beside_equal_ones(ray_cluster
     assert all(0 < rates["min"] <= rates["max"] for rates in row["tokens_per_s"].values())
     assert 0 < row["share_of_equal"]["min"] <= row["share_of_equal"]["max"]
     assert "different / equal lengths" in packing_lines(row)
+
+
+@pytest.mark.system
+def test_a_driver_serves_simulated_engines(ray_cluster: None):
+    few, many = bench_driver([1, 8], 3, 1, tokens_per_s=2000.0)
+    assert (few["engines"], few["in_flight"], many["engines"], many["in_flight"]) == (1, 3, 8, 24)
+    for row in (few, many):
+        assert row["driver_cpu_ms_per_trajectory"] > 0
+        assert row["trajectories_per_s"] == pytest.approx(row["in_flight"] / row["seconds"])
+        assert f"{row['engines']} engines" in driver_line(row)
 
 
 def test_random_models_have_a_tokenizer_of_numbers(tmp_path: Path):
