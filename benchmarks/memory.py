@@ -245,7 +245,7 @@ def engine_config(cell: Engine, model: str) -> PPOConfig:
         "data": {"path": "unread", "max_tokens": LENGTH},
         "policy": {"path": model},
         "reward": {"models": [{"path": model}]},
-        "rollout": {**vars(cell), "enforce_eager": True, "max_new_tokens": LENGTH},
+        "rollout": {**vars(cell), "vllm": {"enforce_eager": True}, "max_new_tokens": LENGTH},
         "ppo": {"iterations": 1, "prompts_per_iteration": 1},
     }
     config = from_dict(values, "ppo")

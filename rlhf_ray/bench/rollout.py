@@ -23,6 +23,7 @@ from rlhf_ray.models.loading import load_config
 from rlhf_ray.placement.groups import Placement, reserve
 from rlhf_ray.placement.plan import GroupDemand, demands, plan_of
 from rlhf_ray.rollout.engine import EngineSpec, SampleRequest
+from rlhf_ray.rollout.options import check_options
 from rlhf_ray.rollout.pool import RolloutPool, sampling_seed
 from rlhf_ray.runtime.cluster import connection
 from rlhf_ray.runtime.patience import Patience
@@ -129,8 +130,10 @@ def bench_rollout(config: PPOConfig, sweep: Sweep) -> Iterator[dict[str, Any]]:
     `<run.dir>-bench`, which all nodes must see.
 
     Raises:
-        RlhfError: the model's context is too short, the cluster too small, or an engine failed.
+        RlhfError: the model's context is too short, vLLM has no such option, the cluster is too small, or an engine
+            failed.
     """
+    check_options(config.rollout.vllm, gpu=config.rollout.gpus > 0)
     check_context(config.policy.path, sweep.largest, "prompt and response", config.policy.trust_remote_code)
     vocabulary = load_config(config.policy.path, trust_remote_code=config.policy.trust_remote_code).vocab_size
     logs = Path(config.run.dir + "-bench").absolute()

@@ -1,7 +1,7 @@
 """The configuration of PPO."""
 
 import re
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,7 @@ from rlhf_ray.config.sections import (
     Section,
     TrainingSection,
     check_takes_something,
+    is_plain,
 )
 from rlhf_ray.config.sharing import check_sharing
 
@@ -125,8 +126,9 @@ class RolloutSection(Section):
     gpu_memory_utilization: float = Field(
         default=0.85, gt=0, le=1, description="Share of a GPU's memory that an engine takes."
     )
-    enforce_eager: bool = Field(
-        default=False, description="Whether to skip compilation and CUDA graphs: quick start, slow steps."
+    vllm: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further engine arguments of vLLM, such as `{enforce_eager: true}`: quick start, slow steps.",
     )
     max_new_tokens: int = Field(default=256, ge=1, description="Longest response in tokens.")
     temperature: float = Field(
@@ -140,6 +142,12 @@ class RolloutSection(Section):
         check_takes_something(problems, self.cpus, self.gpus)
         if self.min_engines is not None and self.min_engines > self.engines:
             problems.add("min_engines", f"{self.min_engines} is more than `engines` {self.engines}; lower it")
+        if not is_plain(self.vllm):
+            problems.add(
+                "vllm",
+                "holds what is no text, number of 64 bits, truth value, list or mapping of at most 20 levels; write it "
+                "as in YAML",
+            )
         if self.temperature == 0:
             problems.add("temperature", "0 samples greedily, which cannot train; set it above 0, usually to 1")
         if self.gpus == 0 and self.kv_cache_gib is None:

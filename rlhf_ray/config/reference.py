@@ -75,7 +75,9 @@ def _annotation(annotation: Any) -> str:
         return f"list of {_annotation(arguments[0])}"
     if origin is dict:
         return f"mapping of {_annotation(arguments[0])} to {_annotation(arguments[1])}"
-    return {int: "whole number", float: "number", str: "text", bool: "true or false"}.get(annotation, "section")
+    return {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "value"}.get(
+        annotation, "section"
+    )
 
 
 def _default(field: FieldInfo) -> str:

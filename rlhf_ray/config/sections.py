@@ -12,15 +12,30 @@ from rlhf_ray.errors import shortened
 Dtype = Literal["fp32", "bf16"]
 
 
-def _texts(value: object) -> Iterator[str]:
-    """The texts in a value, keys included; sections have looked at their own."""
+# Levels of lists and mappings that a value may have.
+MOST_LEVELS = 20
+
+
+def _texts(value: object, levels: int = MOST_LEVELS) -> Iterator[str]:
+    """The texts in a value, keys included, as deep as values may be; sections have looked at their own."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, dict):
-        yield from _texts([*value.keys(), *value.values()])
+    elif isinstance(value, list | dict) and levels:
+        for item in [*value.keys(), *value.values()] if isinstance(value, dict) else value:
+            yield from _texts(item, levels - 1)
+
+
+def is_plain(value: object, levels: int = MOST_LEVELS) -> bool:
+    """Whether a value can be written as YAML and reads back as it is."""
+    if not levels:
+        return False
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_plain(item, levels - 1) for key, item in value.items())
+    if isinstance(value, list):
+        return all(is_plain(item, levels - 1) for item in value)
+    if type(value) is int:
+        return -(2**63) <= value < 2**63
+    return value is None or isinstance(value, str | bool) or (isinstance(value, float) and math.isfinite(value))
 
 
 class Section(BaseModel):
@@ -38,6 +53,8 @@ class Section(BaseModel):
                 problems.add(name, f"{shortened(f'{value:#x}', 20)} is no number of 64 bits; make it smaller")
             if any("\0" in text for text in _texts(value)):
                 problems.add(name, "holds a NUL character, which no name or path can have; remove it")
+            if any("\ud800" <= character <= "\udfff" for text in _texts(value) for character in text):
+                problems.add(name, "holds an unpaired surrogate, which is no character; remove it")
         problems.check()
         return self
 

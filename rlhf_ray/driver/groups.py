@@ -129,7 +129,7 @@ def engine_spec(config: PPOConfig, eos_token_ids: tuple[int, ...]) -> EngineSpec
         tensor_parallel=rollout.tensor_parallel,
         nodes=rollout.nodes_per_engine,
         max_concurrency=rollout.max_concurrency,
-        enforce_eager=rollout.enforce_eager,
+        options=rollout.vllm,
         gpu=gpu,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_gib=rollout.kv_cache_gib,

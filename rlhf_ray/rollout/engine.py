@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_ray.errors import EngineError
@@ -38,6 +38,7 @@ class EngineSpec:
         nodes: over how many nodes each engine is split.
         sleeps: whether it is to give its GPU's memory to others at times.
         statistics: whether to keep `EngineStatistics`.
+        options: further arguments of vLLM, checked by `rollout.options`.
     """
 
     model: str
@@ -46,7 +47,6 @@ class EngineSpec:
     eos_token_ids: tuple[int, ...]
     tensor_parallel: int
     max_concurrency: int
-    enforce_eager: bool
     gpu: bool
     gpu_memory_utilization: float
     kv_cache_gib: float | None
@@ -55,6 +55,7 @@ class EngineSpec:
     nodes: int = 1
     sleeps: bool = False
     statistics: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,6 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
         "max_model_len": spec.max_model_len,
         "max_num_seqs": spec.max_concurrency,
         "tensor_parallel_size": spec.tensor_parallel,
-        "enforce_eager": spec.enforce_eager,
         "trust_remote_code": spec.trust_remote_code,
         "enable_prefix_caching": True,
         "load_format": "dummy",
@@ -297,4 +297,4 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
         args |= cpu_options(spec.max_model_len)
     if spec.kv_cache_gib is not None:
         args["kv_cache_memory_bytes"] = int(spec.kv_cache_gib * 2**30)
-    return args
+    return args | spec.options

@@ -36,6 +36,7 @@ from rlhf_ray.models.loading import (
 from rlhf_ray.names import expanded, is_hub_name, model_folder
 from rlhf_ray.placement.plan import describe, make_plan, shortfalls
 from rlhf_ray.rollout.offline import Sampling
+from rlhf_ray.rollout.options import check_options
 from rlhf_ray.scoring.actors import import_function
 from rlhf_ray.stages.generate import check_causal, prepare_question
 from rlhf_ray.stages.models import check_context
@@ -147,6 +148,7 @@ def _trained_model(config: OfflineConfig, pending: set[str]) -> tuple[list[str],
 
 def _ppo_models(config: PPOConfig, pending: set[str]) -> tuple[list[str], Any]:
     """Policy, critic and reward models, and the policy's tokenizer where it exists already."""
+    check_options(config.rollout.vllm, gpu=config.rollout.gpus > 0)
     policy, critic = config.policy.path, critic_model(config)
     trust = LoadingSection(trust_remote_code=config.policy.trust_remote_code)
     line, tokenizer = _model("policy, reference and rollout", policy, config.policy, pending, causal=True)

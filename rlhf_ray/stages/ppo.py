@@ -13,6 +13,7 @@ from rlhf_ray.errors import ModelError
 from rlhf_ray.models.loading import check_same_vocabulary, load_config, load_tokenizer
 from rlhf_ray.models.saving import ModelCard
 from rlhf_ray.packing import Sequence
+from rlhf_ray.rollout.options import check_options
 from rlhf_ray.scoring.actors import import_function
 from rlhf_ray.stages.models import check_context, prepare_tokenizer
 from rlhf_ray.stages.run import finished_model, open_run
@@ -61,10 +62,12 @@ def check_models(config: PPOConfig, tokenizer: Any) -> None:
     """Refuse models that cannot work together, before any actor starts.
 
     Raises:
-        ConfigError: prompts and responses do not fit a model's context, or a reward function cannot be imported.
+        ConfigError: prompts and responses do not fit a model's context, a reward function cannot be imported, or the
+            installed vLLM has no such option.
         ModelError: a reward model is missing or lacks the statistics that are asked for, or the critic does not
             read the policy's tokens.
     """
+    check_options(config.rollout.vllm, gpu=config.rollout.gpus > 0)
     trust = config.policy.trust_remote_code
     for function in config.reward.functions:
         import_function(function.path)

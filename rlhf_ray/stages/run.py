@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 WHERE_AND_HOW = (
     *("processes", "engines", "min_engines", "cpus", "gpus", "tensor_parallel", "nodes_per_engine"),
     *("zero_stage", "offload_optimizer", "gradient_checkpointing", "micro_batch_tokens"),
-    *("max_concurrency", "kv_cache_gib", "gpu_memory_utilization", "enforce_eager"),
+    *("max_concurrency", "kv_cache_gib", "gpu_memory_utilization", "vllm"),
 )
 
 # Ctrl-C sooner than this after a request to stop is the same request once more.

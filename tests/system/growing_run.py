@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
         rollout={
             "cpus": 0.5,
             "kv_cache_gib": 0.05,
-            "enforce_eager": True,
+            "vllm": {"enforce_eager": True},
             "max_new_tokens": 12,
             "engines": 2,
             "min_engines": 1,

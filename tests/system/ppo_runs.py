@@ -55,7 +55,7 @@ class Inputs:
             "rollout": {
                 "cpus": 0.5,
                 "kv_cache_gib": 0.05,
-                "enforce_eager": True,
+                "vllm": {"enforce_eager": True},
                 "max_new_tokens": 12,
                 "samples_per_prompt": 2,
             },

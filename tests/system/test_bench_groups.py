@@ -29,7 +29,7 @@ TINY = {
 @pytest.mark.system
 def test_an_iteration_and_the_bare_work_in_it_are_measured(ray_cluster: None, tmp_path: Path):
     workload = IterationWorkload(TINY, 6, 8, LogNormal(12, 0.9, 40))
-    overrides = ["rollout.enforce_eager=true", "rollout.kv_cache_gib=0.05", "run.timeout_s=120"]
+    overrides = ["rollout.vllm.enforce_eager=true", "rollout.kv_cache_gib=0.05", "run.timeout_s=120"]
     # Other tests' groups hold their share of the same cluster.
     overrides += ["rollout.cpus=0.5", *(f"{name}.cpus=0.25" for name in ("policy", "critic", "reference", "reward"))]
     row = bench_iteration(built_in_config(workload, "fp32", tmp_path, 3, overrides), workload)
@@ -57,7 +57,7 @@ def test_an_iteration_and_the_bare_work_in_it_are_measured(ray_cluster: None, tm
 @pytest.mark.system
 def test_transfers_are_measured_beside_a_copy_of_the_same_bytes(ray_cluster: None, tmp_path: Path):
     workload = IterationWorkload(TINY, 2, 48, LogNormal(12, 0.9, 40))
-    overrides = ["rollout.enforce_eager=true", "rollout.kv_cache_gib=0.05", "run.timeout_s=120"]
+    overrides = ["rollout.vllm.enforce_eager=true", "rollout.kv_cache_gib=0.05", "run.timeout_s=120"]
     overrides += ["rollout.cpus=0.5", "policy.cpus=0.5"]
     row = bench_transfer(built_in_config(workload, "bf16", tmp_path, 1, overrides), 2)
     # Embeddings, which are the output layer, too, and two layers: attention, feed-forward, norms; and the last norm.

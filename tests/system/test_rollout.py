@@ -123,7 +123,7 @@ def running(
         eos_token_ids=(EOS,),
         tensor_parallel=tensor_parallel,
         max_concurrency=32,
-        enforce_eager=True,
+        options={"enforce_eager": True},
         gpu=False,
         gpu_memory_utilization=0.5,
         kv_cache_gib=0.05,

@@ -425,6 +425,11 @@ def test_texts_from_python_have_no_nul_either(values, key):
         from_dict(SFT | values, "sft")
 
 
+def test_texts_from_python_are_characters():
+    with pytest.raises(ConfigError, match=r"^configuration: data.eval_path: holds an unpaired surrogate"):
+        from_dict(SFT | {"data": SFT["data"] | {"eval_path": "\ud800"}}, "sft")
+
+
 def test_only_the_first_of_very_many_problems_are_told():
     message = problem("sft", *(f"sft.key{i}=1" for i in range(1000)))
     assert message.startswith("1000 problems:\n  sft.key0: unknown key; ")
