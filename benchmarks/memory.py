@@ -4,7 +4,7 @@
 
 Starts trainers, scorers and engines of several kinds, lets them work at their largest micro-batch, and compares the
 peak of each process with the estimate; fails where one is off by more than 15 %. On a CPU the peak is that of anonymous
-resident memory above what the process had after its imports; on a GPU (`--gpu`) it is what the allocator of torch
+resident memory above what the process had after its imports, with an allocator that keeps nothing; on a GPU (`--gpu`) it is what the allocator of torch
 reserved at its peak.
 """
 
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 # glibc then gives every freed tensor back to the system, so that resident memory is what is in use.
-os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
+NOTHING_KEPT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
+os.environ |= NOTHING_KEPT
 
 import ray
 import torch
@@ -44,6 +45,7 @@ from rlhf_ray.placement.memory import (
 from rlhf_ray.placement.plan import Plan
 from rlhf_ray.placement.shapes import find_shape
 from rlhf_ray.rollout.engine import RolloutEngine, SampleRequest
+from rlhf_ray.runtime.cluster import KEPT_MEMORY
 from rlhf_ray.runtime.patience import Patience
 from rlhf_ray.scoring.actors import Completion, ModelSpec, ReferenceActor, RewardModelActor
 from rlhf_ray.training.group import TrainerGroup
@@ -326,6 +328,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--gpu", action="store_true", help="measure on GPUs")
     options = parser.parse_args()
+    KEPT_MEMORY.clear()
+    KEPT_MEMORY.update(NOTHING_KEPT)  # in the processes that `reserve` places, too
     results = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -62,7 +62,9 @@ MEMORY = """
 ## Memory
 
 What `rlhf-ray plan` foretells of a process, beside the peak that it was measured to take above what its libraries take
-(an engine: above one of a tiny model with little cache).
+(an engine: above one of a tiny model with little cache). On a CPU both are memory in use. What the allocator holds for
+the next pass comes on top of it: the first trainer below, with 2.28 GiB in use, was resident with 3.24 GiB as glibc is
+set by default, and with 3.45 GiB as the processes of a run are.
 `python benchmarks/memory.py --out benchmarks/results/memory.json`.
 """
 

@@ -76,7 +76,7 @@ def _import_path() -> list[str]:
 
 # How glibc keeps memory for the next pass over a model. On its own it gives the large tensors of each pass back to the
 # system and takes them again, page by page; several processes that do so at a time wait for each other, which costs a
-# tenth of an iteration. What a process takes at its peak stays the same.
+# tenth of an iteration. A trainer takes up to 6 % more at its peak.
 KEPT_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),  # the largest that glibc accepts
     "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
