@@ -4,8 +4,8 @@
 
 Starts trainers, scorers and engines of several kinds, lets them work at their largest micro-batch, and compares the
 peak of each process with the estimate; fails where one is off by more than 15 %. On a CPU the peak is that of anonymous
-resident memory above what the process had after its imports, with an allocator that keeps nothing; on a GPU (`--gpu`) it is what the allocator of torch
-reserved at its peak.
+resident memory above what the process had after its imports, with an allocator that keeps nothing; on a GPU (`--gpu`)
+it is what the allocator of torch reserved at its peak.
 """
 
 import argparse
@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 # glibc then gives every freed tensor back to the system, so that resident memory is what is in use.
-NOTHING_KEPT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
-os.environ |= NOTHING_KEPT
+os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
 
 import ray
 import torch
@@ -328,8 +327,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--gpu", action="store_true", help="measure on GPUs")
     options = parser.parse_args()
-    KEPT_MEMORY.clear()
-    KEPT_MEMORY.update(NOTHING_KEPT)  # in the processes that `reserve` places, too
+    for name in KEPT_MEMORY:
+        KEPT_MEMORY[name] = "65536"  # in the processes that `reserve` places, too
     results = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
