@@ -14,7 +14,8 @@ PAGE = ROOT / "docs" / "performance.md"
 HEAD = """# Performance
 
 Made from the files in `benchmarks/results` by `python benchmarks/page.py`. Ratios are taken in one run on the same
-machine, both sides in turns unless a section says otherwise; the middle of the measurements stands first, the least and the largest in brackets.
+machine, both sides in turns unless a section says otherwise; the middle of the measurements stands first, the least and
+the largest in brackets.
 """
 
 ROLLOUT = """
