@@ -37,6 +37,8 @@ def ratios(report: dict[str, Any]) -> dict[str, float]:
         costs = [row["driver_cpu_ms_per_trajectory"] for row in report["rows"]]
         return {f"{report['rows'][-1]['engines']} engines / {report['rows'][0]['engines']}": costs[-1] / costs[0]}
     name, more_is_better = RATIOS[report["benchmark"]]
+    if report.get("max_staleness"):
+        name = "share_of_longer"
     found = {}
     for row in report.get("rows", [report]):
         cell = " ".join(f"{key}={row[key]}" for key in CELL if "rows" in report)

@@ -34,9 +34,15 @@ torch for a forward pass of reference, reward model and critic and for an optimi
 the other. W1: Llama, hidden 256, 6 layers, vocabulary 4096; 64 prompts of 32 tokens, 128 new ones each. W2: W1 with
 log-normal lengths (median 48, sigma 0.9, at most 384). W3: W1 at 100 million parameters, 16 prompts. GAE, KL in the
 reward, one epoch, one optimizer step. "Nobody busy": no process but the driver has a span open. "Hidden": the share of
-the scorers' work after which nobody waited. The middle of the iterations, the least and the largest in brackets. The
-bare work is measured after the iterations, so that the ratio moves with the machine: for W1 in fp32 it was 1.11 in
-another run of the same day, and 1.13 in bf16.
+the scorers' work after which nobody waited. The bare work is done once before each iteration.
+"""
+
+AHEAD = """
+## Sampling ahead of training
+
+Iterations with `ppo.max_staleness` above 0, beside the same without, measured before. The engine has a core of its own
+(`placement.cores`), trainers and scorers share another. At best an iteration takes as long as the longer of sampling
+and of all the rest.
 """
 
 TRANSFER = """
@@ -104,7 +110,7 @@ def rollout(report: dict[str, Any]) -> list[str]:
 
 def iteration(reports: list[dict[str, Any]]) -> list[str]:
     """Runs of `rlhf-ray bench iteration`, a row each, and what the bare work is made of."""
-    names = ("workload", "precision", "ahead", "iteration, s", "generate", "score", "train", "transfer")
+    names = ("workload", "precision", "cores of the engine", "iteration, s", "generate", "score", "train", "transfer")
     names += ("bare work, s", "iteration / bare", "nobody busy", "scoring hidden")
     lines = [*_commands(reports), *_header(*names)]
     for report in reports:
@@ -112,13 +118,38 @@ def iteration(reports: list[dict[str, Any]]) -> list[str]:
         cells = (
             report["workload"].upper(),
             report["dtype"],
-            report["max_staleness"],
+            _cores(report),
             _spread(report["iteration_s"], "{:.2f}"),
             *parts,
             _spread(report["bare_s"], "{:.2f}"),
             _spread(report["share_of_bare"], "{:.2f}"),
             _spread(report["nobody_busy"], "{:.1%}"),
             _spread(report["scoring_hidden"], "{:.0%}"),
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def _cores(report: dict[str, Any]) -> str:
+    """Where an engine has a core of its own and the others another, that is said; all use all cores otherwise."""
+    return "one, others another" if "placement.cores" in report["command"] else "all"
+
+
+def ahead(reports: list[dict[str, Any]]) -> list[str]:
+    """Runs of `rlhf-ray bench iteration` that sample ahead of training, a row each."""
+    names = ("workload", "precision", "ahead", "iteration, s", "in turns, s", "sampling, s", "all the rest, s")
+    lines = [*_commands(reports), *_header(*names, "iteration / the longer")]
+    for report in reports:
+        turns = report["in_turns_s"]
+        cells = (
+            report["workload"].upper(),
+            report["dtype"],
+            report["max_staleness"],
+            _spread(report["iteration_s"], "{:.2f}"),
+            _spread(turns["iteration"], "{:.2f}"),
+            f"{turns['generate']:.2f}",
+            f"{turns['rest']:.2f}",
+            _spread(report["share_of_longer"], "{:.2f}"),
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
@@ -198,8 +229,12 @@ def page() -> str:
     for report in measured:
         lines += rollout(report)
     iterations = [report for report in reports.values() if report.get("benchmark") == "iteration"]
-    if iterations:
-        lines += [ITERATION.rstrip(), *iteration(iterations)]
+    in_turns = [report for report in iterations if "bare_s" in report]
+    if in_turns:
+        lines += [ITERATION.rstrip(), *iteration(in_turns)]
+    sampling_ahead = [report for report in iterations if "in_turns_s" in report]
+    if sampling_ahead:
+        lines += [AHEAD.rstrip(), *ahead(sampling_ahead)]
     for name, head, table in (
         ("transfer", TRANSFER, transfer),
         ("packing", PACKING, packing),

@@ -2,35 +2,31 @@
 
 The bare work is what the same cores need without this system: vLLM alone for the responses, plain torch for a forward
 pass of the reference, of the reward model and of the critic, and for an optimizer step of policy and critic, one after
-the other, each on all cores.
+the other, each on all cores. A run that samples ahead of training is measured beside its own parts in turns.
 """
 
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
+import numpy as np
 
-from rlhf_ray.bench.bare import BareEngine
-from rlhf_ray.bench.bare_torch import BareTorch
+from rlhf_ray.bench.bare_work import bare_work
 from rlhf_ray.bench.random_models import SMALL_LLAMA, write_llama
 from rlhf_ray.bench.rollout import spread
 from rlhf_ray.bench.workload import Fixed, Lengths, LogNormal, Workload, make_workload
-from rlhf_ray.config.load import from_dict
+from rlhf_ray.config.load import changed, from_dict
 from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.data.formats import Prompt
-from rlhf_ray.driver.groups import engine_spec, running_groups
+from rlhf_ray.driver.groups import running_groups
 from rlhf_ray.driver.ppo import PPOLoop
 from rlhf_ray.driver.rollouts import Rollouts
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.rollout.engine import SampleRequest
-from rlhf_ray.runtime.remote import START_TIMEOUT_S, get
 from rlhf_ray.stages.run import open_run
-from rlhf_ray.tracking.logs import logging_environment
 from rlhf_ray.tracking.timeline import cut, iterations, nobody_busy, read_timeline
 
 logger = logging.getLogger(__name__)
@@ -120,37 +116,75 @@ def built_in_config(
 
 
 def bench_iteration(config: PPOConfig, workload: IterationWorkload) -> dict[str, Any]:
-    """Measure the iterations of a run, of which the first warms up, and then the bare work as many times.
+    """Measure the iterations of a run beside what they are made of.
+
+    With `ppo.max_staleness` 0 that is the bare work, measured before each iteration, so that both see the same machine.
+    Above 0 it is the longer of sampling and of all the rest, in the same iterations without staleness, measured before.
 
     Args:
         config: of `built_in_config`.
         workload: the same.
 
     Returns:
-        Seconds an iteration and of its parts, shares, and the bare work's parts; each with median and spread.
+        Seconds an iteration and of its parts, and shares; each with median and spread.
 
     Raises:
         RlhfError: a model, the cluster or a process failed.
     """
     requests = workload.requests(seed=0)
-    rows = _system(config, requests)
-    bare = _bare(config, workload, requests)
-    total = [sum(part[i] for part in bare.values()) for i in range(len(rows))]
-    seconds = [row["iteration"] for row in rows]
-    middle = spread(total)["median"]
+    if not config.ppo.max_staleness:
+        with bare_work(config, requests, workload.prompt_tokens) as bare:
+            rows = _system(config, requests, bare.measure)
+        parts = {name: seconds[1:] for name, seconds in bare.seconds.items()}
+        total = [sum(of_turn) for of_turn in zip(*parts.values(), strict=True)]
+        return {
+            **_summary(rows),
+            "bare_s": spread(total),
+            "bare_parts_s": {name: spread(seconds) for name, seconds in parts.items()},
+            "share_of_bare": spread([row["iteration"] / one for row, one in zip(rows, total, strict=True)]),
+        }
+    before = changed(config, ["ppo.max_staleness=0", f"run.dir={config.run.dir}-in-turns"])
+    assert isinstance(before, PPOConfig)
+    in_turns = _system(before, requests)
+    generate = float(np.median([row["generate"] for row in in_turns]))
+    rest = float(np.median([row["iteration"] - row["generate"] for row in in_turns]))
+    rows = _system(config, requests)[config.ppo.max_staleness :]  # until sampling is as far ahead as it may be
     return {
-        "iteration_s": spread(seconds),
-        "parts_s": {name: spread([row[name] for row in rows]) for name in PARTS},
-        "nobody_busy": spread([row["nobody_busy"] for row in rows]),
-        "scoring_hidden": spread([row["scoring_hidden"] for row in rows]),
-        "bare_s": spread(total),
-        "bare_parts_s": {name: spread(values) for name, values in bare.items()},
-        "share_of_bare": spread([one / middle for one in seconds]),
+        **_summary(rows),
+        "in_turns_s": {"iteration": spread([row["iteration"] for row in in_turns]), "generate": generate, "rest": rest},
+        "share_of_longer": spread([row["iteration"] / max(generate, rest) for row in rows]),
     }
 
 
-def _system(config: PPOConfig, requests: Workload) -> list[dict[str, float]]:
-    """Every iteration but the first: its seconds, those of its parts, and shares of them."""
+def _summary(rows: list[dict[str, float]]) -> dict[str, Any]:
+    return {
+        "iteration_s": spread([row["iteration"] for row in rows]),
+        "parts_s": {name: spread([row[name] for row in rows]) for name in PARTS},
+        "nobody_busy": spread([row["nobody_busy"] for row in rows]),
+        "scoring_hidden": spread([row["scoring_hidden"] for row in rows]),
+    }
+
+
+class MeasuredLoop(PPOLoop):
+    """A loop that does something before each iteration."""
+
+    before: Callable[[], None] | None = None
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        """One iteration, which does not count what comes before."""
+        if self.before is not None:
+            self.before()
+        return super().iterate(iteration)
+
+
+def _system(config: PPOConfig, requests: Workload, before: Callable[[], None] | None = None) -> list[dict[str, float]]:
+    """Every iteration but the first: its seconds, those of its parts, and shares of them.
+
+    Args:
+        config: the run.
+        requests: those of each iteration.
+        before: what to do before each iteration.
+    """
     tokenizer = load_tokenizer(config.policy.path)
     prompts = [
         Prompt(uid=f"{index}", content=" ".join(map(str, ids)), row={}, source="random", token_ids=ids)
@@ -160,12 +194,16 @@ def _system(config: PPOConfig, requests: Workload) -> list[dict[str, float]]:
         open_run(config, "ppo") as run,
         running_groups(config, tokenizer, config.policy.path, run.directory.logs, to_the_limit=True) as groups,
     ):
-        loop = PPOLoop(config, run, groups, prompts, [])
+        loop = MeasuredLoop(config, run, groups, prompts, [])
+        loop.before = before
         loop.rollouts = rollouts = KnownLengths(config, groups, prompts, loop.activity)
         rollouts.lengths = requests.lengths
         loop.train()
-        folder = run.directory.path
         metrics = run.directory.read_metrics()[1:]
+    return _rows(metrics, run.directory.path)
+
+
+def _rows(metrics: list[dict[str, Any]], folder: Path) -> list[dict[str, float]]:
     timeline = read_timeline(folder)
     spans = iterations(timeline)
     rows = []
@@ -186,42 +224,3 @@ def _system(config: PPOConfig, requests: Workload) -> list[dict[str, float]]:
             }
         )
     return rows
-
-
-def _bare(config: PPOConfig, workload: IterationWorkload, requests: Workload) -> dict[str, list[float]]:
-    """Seconds of each part of the bare work, as often as the system's iterations were measured."""
-    cores = len(os.sched_getaffinity(0))
-    repeats = config.ppo.iterations - 1
-    logs = Path(config.run.dir) / "logs"
-
-    def start(actor: type, name: str, *args: Any) -> Any:
-        variables = {"OMP_NUM_THREADS": str(cores), **logging_environment(logs, name)}
-        options = {"num_cpus": 0, "runtime_env": {"env_vars": variables}}
-        actor_class: Any = ray.remote(actor)
-        started = actor_class.options(**options).remote(*args)
-        get(started.ready.remote(), f"{name}: start-up", START_TIMEOUT_S)
-        return started
-
-    def measure(call: Callable[[], Any]) -> list[float]:
-        return [get(call(), "the bare work", config.run.timeout_s) for _ in range(repeats + 1)][1:]
-
-    engine = start(BareEngine, "bare-vllm", engine_spec(config, eos_token_ids=()))
-    found = {"generate": measure(lambda: engine.run.remote(requests))}
-    ray.kill(engine)
-    sequences = [prompt + [0] * length for prompt, length in zip(requests.prompts, requests.lengths, strict=True)]
-    models = (config.policy.path, config.critic.init)
-    torch_alone = start(
-        BareTorch, "bare-torch", *models, config.training.dtype, cores, config.training.micro_batch_tokens
-    )
-    parts = {
-        "reference forward": ("forward", "causal"),
-        "reward forward": ("forward", "scalar"),
-        "critic forward": ("forward", "scalar"),
-        "policy step": ("step", "causal"),
-        "critic step": ("step", "scalar"),
-    }
-    for name, (method, head) in parts.items():
-        work = partial(getattr(torch_alone, method).remote, head, sequences, workload.prompt_tokens)
-        found[name] = measure(work)
-    ray.kill(torch_alone)
-    return found

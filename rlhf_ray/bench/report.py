@@ -121,6 +121,12 @@ def iteration_lines(workload: str, dtype: str, row: dict[str, Any]) -> str:
     lines += [f"  {name}: {said(values)} s" for name, values in row["parts_s"].items()]
     lines.append(f"  nobody busy: {said(row['nobody_busy'], '{:.1%}')}")
     lines.append(f"  scoring hidden behind generation: {said(row['scoring_hidden'], '{:.0%}')}")
+    if "in_turns_s" in row:
+        turns = row["in_turns_s"]
+        lines.append(f"the same with ppo.max_staleness=0: {said(turns['iteration'])} s")
+        lines.append(f"  sampling {turns['generate']:.2f} s, all the rest {turns['rest']:.2f} s")
+        lines.append(f"iteration / the longer of the two: {said(row['share_of_longer'])}")
+        return "\n".join(lines)
     lines.append(f"bare work on the same cores: {said(row['bare_s'])} s")
     lines += [f"  {name}: {said(values)} s" for name, values in row["bare_parts_s"].items()]
     lines.append(f"iteration / bare work: {said(row['share_of_bare'])}")

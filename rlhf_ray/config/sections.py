@@ -92,9 +92,10 @@ class TrackingSection(Section):
     wandb: Literal["off", "offline", "online"] = Field(
         default="off", description="Whether metrics also go to Weights & Biases, and whether it uploads them."
     )
-    project: str = Field(default="rlhf_ray", min_length=1, description="Weights & Biases project.")
-    entity: str | None = Field(
-        default=None, description="Weights & Biases team or user; none takes the account's default."
+    project: str = Field(
+        default="rlhf_ray",
+        pattern="^([^/]+/)?[^/]+$",
+        description="Weights & Biases project; `team/project` where the team is not the account's default.",
     )
 
 
@@ -289,6 +290,10 @@ class PlacementSection(Section):
         default_factory=list,
         description="Groups that sit together, rank by rank, and take turns on a GPU: `[[policy, rollout]]`.",
     )
+    cores: dict[str, list[int]] = Field(
+        default_factory=dict,
+        description="Cores of its node, by number, that each process of a group is bound to: `{rollout: [0, 1]}`.",
+    )
     timeout_s: float = Field(
         default=120.0, gt=0, description="Longest wait in seconds for the cluster to grant all processes."
     )
@@ -301,7 +306,8 @@ class PlacementSection(Section):
         labels = {name: wanted for name, wanted in self.labels.items() if name in groups}
         spread = [name for name in self.spread if name in groups]
         share = [kept for together in self.share if len(kept := [name for name in together if name in groups]) > 1]
-        return self.model_copy(update={"labels": labels, "spread": spread, "share": share})
+        cores = {name: numbers for name, numbers in self.cores.items() if name in groups}
+        return self.model_copy(update={"labels": labels, "spread": spread, "share": share, "cores": cores})
 
     def partners(self, group: str) -> list[str]:
         """The groups that a group shares with."""
@@ -327,6 +333,7 @@ class RunConfig(Section):
         named = {
             "labels": self.placement.labels,
             "spread": self.placement.spread,
+            "cores": self.placement.cores,
             "share": [name for together in self.placement.share for name in together],
         }
         for key, names in named.items():
@@ -335,6 +342,11 @@ class RunConfig(Section):
                     problems.add(
                         f"placement.{key}", f"names {name!r}, but the groups are {', '.join(self.groups)}; name one"
                     )
+        for name, cores in self.placement.cores.items():
+            if not cores or min(cores) < 0:
+                problems.add(
+                    "placement.cores", f"{cores} for {name}; list the numbers of cores, or leave {name} out for all"
+                )
         problems.check()
         return self
 

@@ -72,28 +72,33 @@ class PPOLoop:
         self.groups.turns.to_engines()
         metrics = self._transfer()
         for iteration in self.run.begin(self.config.ppo.iterations, ["objective/scores", "objective/kl"]):
-            self.timings, self.iteration = {}, iteration
-            with self._timed("iteration"):
-                self._resize()
-                with self._timed("wait"):
-                    batch = self.rollouts.take(iteration)
-                staleness = batch.staleness(self.version, self.config.ppo.max_staleness)
-                self.groups.turns.to_trainers()
-                with self._timed("advantages"):
-                    experience = self._experience(batch.scored)
-                with self._timed("train"):
-                    metrics = self._update(iteration, experience)
-                self.groups.turns.to_engines()
-                if self._trains_policy(iteration):
-                    self.version += 1
-                if self._trains_policy(iteration) or self.groups.turns.taken:  # engines that slept have no weights
-                    metrics |= self._transfer()
-                self.rollouts.admit(iteration + 1)
-            metrics |= experience.metrics | staleness | self._state_metrics(batch)
-            self.kl.update(experience.kl, len(experience.policy))
-            self.activity.count_iteration()
-            self.run.log(iteration, metrics, experience.samples)
-            self.run.checkpoint_if_due(iteration, self._state(batch), self._save)
+            metrics = self.iterate(iteration)
+        return metrics
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        """One iteration, from prompts to engines that serve the new weights; returns its metrics."""
+        self.timings, self.iteration = {}, iteration
+        with self._timed("iteration"):
+            self._resize()
+            with self._timed("wait"):
+                batch = self.rollouts.take(iteration)
+            staleness = batch.staleness(self.version, self.config.ppo.max_staleness)
+            self.groups.turns.to_trainers()
+            with self._timed("advantages"):
+                experience = self._experience(batch.scored)
+            with self._timed("train"):
+                metrics = self._update(iteration, experience)
+            self.groups.turns.to_engines()
+            if self._trains_policy(iteration):
+                self.version += 1
+            if self._trains_policy(iteration) or self.groups.turns.taken:  # engines that slept have no weights
+                metrics |= self._transfer()
+            self.rollouts.admit(iteration + 1)
+        metrics |= experience.metrics | staleness | self._state_metrics(batch)
+        self.kl.update(experience.kl, len(experience.policy))
+        self.activity.count_iteration()
+        self.run.log(iteration, metrics, experience.samples)
+        self.run.checkpoint_if_due(iteration, self._state(batch), self._save)
         return metrics
 
     def _resize(self) -> None:

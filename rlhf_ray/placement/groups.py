@@ -26,6 +26,7 @@ from rlhf_ray.placement.layout import crowding, lay_out, misfits
 from rlhf_ray.placement.plan import Plan, shortfalls
 from rlhf_ray.placement.supply import supply
 from rlhf_ray.runtime.cluster import actor_environment
+from rlhf_ray.runtime.cores import cores_environment
 from rlhf_ray.tracking.logs import ACTOR, LOGS, logging_environment
 
 logger = logging.getLogger(__name__)
@@ -113,10 +114,11 @@ class Placement:
     logs: Path  # folder of the actors' logs
     joining: _Joining  # of processes beyond the plan
 
-    def environment(self, name: str, cpus: float, gpus: float = 0.0) -> dict[str, str]:
-        """Environment of an actor: its threads, its name and where it logs."""
+    def environment(self, name: str, cpus: float, gpus: float = 0.0, group: str = "") -> dict[str, str]:
+        """Environment of an actor: its threads, the cores of its group, its name and where it logs."""
         return {
             **actor_environment(cpus, gpus),
+            **cores_environment(self.plan.cores.get(group, [])),
             **logging_environment(self.logs, name),
             ACTOR: name,
             LOGS: str(self.logs),
@@ -148,7 +150,7 @@ class Placement:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 group, placement_group_bundle_index=index, placement_group_capture_child_tasks=True
             ),
-            "runtime_env": {"env_vars": self.environment(actor, cpus, gpus)},
+            "runtime_env": {"env_vars": self.environment(actor, cpus, gpus, name)},
         }
 
     def doubled(self, name: str, rank: int) -> bool:

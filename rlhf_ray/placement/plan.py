@@ -49,6 +49,7 @@ class Plan:
         portions: what a process takes of a bundle that several groups share; other groups take theirs whole.
         split: bundles of one process, for groups whose processes take more than one.
         later: processes beyond these that join as nodes have room, by group (`rollout.min_engines`).
+        cores: numbers of the cores of its node that each process of a group runs on; others run on all.
     """
 
     bundles: list[dict[str, float]]
@@ -60,6 +61,7 @@ class Plan:
     portions: dict[str, dict[str, float]] = field(default_factory=dict)
     split: dict[str, int] = field(default_factory=dict)
     later: dict[str, int] = field(default_factory=dict)
+    cores: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def waiting(self) -> str:
@@ -168,6 +170,7 @@ def plan_of(asked: Sequence[GroupDemand], placement: PlacementSection) -> Plan:
         placement.autoscaling,
         portions,
         split={demand.name: demand.nodes for demand in asked if demand.nodes > 1},
+        cores=placement.cores,
     )
 
 

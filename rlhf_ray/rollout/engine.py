@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf_ray.errors import EngineError
 from rlhf_ray.rollout.further_nodes import FurtherNodes
+from rlhf_ray.runtime.cores import bind_to_cores
 from rlhf_ray.runtime.interface import choose_interface
 from rlhf_ray.tracking.activity import activity
 from rlhf_ray.tracking.logs import setup_actor_logging
@@ -80,9 +81,11 @@ class RolloutEngine:
             spec: what to start.
             others: options of an actor for each further node of an engine that is split.
         """
-        if not spec.gpu and spec.tensor_parallel == 1:
-            # The worker then runs inside vLLM's engine process: one process less to start, and no hop a step. vLLM on
-            # CPU takes a worker process otherwise, to set its threads; here the actor's environment has set them.
+        bind_to_cores()
+        in_process = not spec.gpu and spec.tensor_parallel == 1
+        if in_process:
+            # vLLM on a CPU takes a process for its worker otherwise, to set its threads; here the actor's environment
+            # has set them.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if spec.backend == "ipc":
             # Handles of GPU memory travel to vLLM's own process as pickles; nobody else writes to its socket.
@@ -99,14 +102,19 @@ class RolloutEngine:
         self._asleep = False
         self._closed = False
         self._transfer = ExitStack()  # the span of a transfer under way
+        from rlhf_ray.rollout.in_process import InProcessEngine
         from rlhf_ray.rollout.statistics import StatisticsLogger
 
         self._statistics = StatisticsLogger()
         # With any logger vLLM keeps statistics of every token, which costs a tenth of a small model's step.
         loggers: list[Any] = [lambda *_: self._statistics] if spec.statistics else []
         self._further = FurtherNodes(engine_args(spec), others)
+        self._engine: Any
         with self._further.started() as args:
-            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args), stat_loggers=loggers)
+            if in_process:
+                self._engine = InProcessEngine(args, loggers)
+            else:
+                self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args), stat_loggers=loggers)
 
     async def ready(self) -> bool:
         """Answers once the engine is up, and as long as it is; this process ends where vLLM's own has died."""
@@ -285,7 +293,7 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",
         "weight_transfer_config": {"backend": spec.backend},
         "worker_extension_cls": "rlhf_ray.rollout.worker_extension.WorkerExtension",
-        "disable_log_stats": not spec.statistics,
+        "disable_log_stats": True,  # of vLLM's own loggers; ours have vLLM keep what they need
     }
     if spec.tensor_parallel > 1:
         # vLLM would see Ray and ask it for a bundle a worker; the actor holds the GPUs of all of them.

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from rlhf_ray.runtime.cores import bind_to_cores
 from rlhf_ray.runtime.interface import choose_interface
 from rlhf_ray.runtime.ports import held_port
 from rlhf_ray.tracking.activity import activity
@@ -83,6 +84,7 @@ class NodeOfEngine:
         """Run vLLM's workers of this node until one of them ends."""
         os.environ |= {HOST_VARIABLE: ray.util.get_node_ip_address(), ACTOR_PROCESS: str(os.getpid())}
         setup_actor_logging()
+        bind_to_cores()
         activity()
         choose_interface()
         from vllm import AsyncEngineArgs

@@ -14,6 +14,7 @@ import torch
 from rlhf_ray.errors import ConfigError, DataError, RewardError
 from rlhf_ray.models.reading import SequenceScores, TokenLogprobs
 from rlhf_ray.packing import PackedBatch, Sequence, pack, partition
+from rlhf_ray.runtime.cores import bind_to_cores
 from rlhf_ray.tracking.activity import activity
 from rlhf_ray.tracking.logs import setup_actor_logging
 
@@ -47,6 +48,7 @@ class ReferenceActor:
 
     def __init__(self, spec: ModelSpec, temperature: float) -> None:
         setup_actor_logging()
+        bind_to_cores()
         self._spec = spec
         self._read = TokenLogprobs(temperature)
         self._model: Any = None
@@ -85,6 +87,7 @@ class RewardModelActor:
 
     def __init__(self, spec: ModelSpec, policy_tokenizer: str, normalize: bool) -> None:
         setup_actor_logging()
+        bind_to_cores()
         self._spec = spec
         self._policy_tokenizer = policy_tokenizer
         self._normalize = normalize

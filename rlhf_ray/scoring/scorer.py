@@ -138,7 +138,7 @@ class Scorer:
                 options["num_cpus"] /= shared
                 options["num_gpus"] /= shared
                 resources = options["num_cpus"], options["num_gpus"]
-                options["runtime_env"] = {"env_vars": self._placement.environment(options["name"], *resources)}
+                options["runtime_env"] = {"env_vars": self._placement.environment(options["name"], *resources, group)}
             actors.append(ray.remote(actor).options(**options).remote(*args))
         return actors
 

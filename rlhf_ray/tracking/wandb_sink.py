@@ -29,7 +29,7 @@ class WandbSink:
 
     Args:
         directory: where W&B keeps its files, in a folder `wandb`.
-        section: project, entity and mode, which is "offline" or "online".
+        section: project, its team and mode, which is "offline" or "online".
         config: shown as the run's configuration.
         name: the run's display name.
         job_type: the stage.
@@ -54,11 +54,12 @@ class WandbSink:
                 "set it, or set `tracking.wandb` to offline or off"
             )
         self._run: wandb.Run | None = None
+        team, _, project = section.project.rpartition("/")
         try:
             online = section.wandb == "online" and _answers(wandb.setup().settings.base_url)
             self._run = wandb.init(
-                project=section.project,
-                entity=section.entity,
+                project=project,
+                entity=team or None,
                 name=name,
                 job_type=job_type,
                 config=config,

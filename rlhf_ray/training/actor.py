@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from rlhf_ray.packing import PackedBatch
+from rlhf_ray.runtime.cores import bind_to_cores
 from rlhf_ray.runtime.interface import choose_interface
 from rlhf_ray.tracking.activity import activity
 from rlhf_ray.tracking.logs import setup_actor_logging
@@ -23,6 +24,7 @@ class TrainerActor:
 
     def __init__(self, spec: TrainerSpec, rank: int, world_size: int, timeout_s: float) -> None:
         setup_actor_logging()
+        bind_to_cores()
         choose_interface()
         self._spec = spec
         self._rank = rank

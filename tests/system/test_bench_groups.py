@@ -45,7 +45,8 @@ def test_an_iteration_and_the_bare_work_in_it_are_measured(ray_cluster: None, tm
         "critic step",
     }
     assert all(values["min"] > 0 for values in row["bare_parts_s"].values())
-    assert row["share_of_bare"]["median"] == pytest.approx(row["iteration_s"]["median"] / row["bare_s"]["median"])
+    slowest, quickest = row["iteration_s"]["max"], row["iteration_s"]["min"]
+    assert quickest / row["bare_s"]["max"] <= row["share_of_bare"]["median"] <= slowest / row["bare_s"]["min"]
     assert 0 <= row["nobody_busy"]["min"] <= row["nobody_busy"]["max"] < 1
     assert 0 <= row["scoring_hidden"]["min"] <= row["scoring_hidden"]["max"] <= 1
     # Every response has the length that it was to have.

@@ -85,7 +85,7 @@ class World:
             return actor.trainer.full_state_dict()
 
         model = AutoModelForCausalLM.from_pretrained(self.trainer.spec.model)
-        model.load_state_dict(self.on_trainer(read)[0])
+        model.load_state_dict(self.on_trainer(read)[0], strict=not model.config.tie_word_embeddings)
         return model
 
     def sample(self, requests: list[SampleRequest]) -> list[Trajectory]:
@@ -305,20 +305,24 @@ def test_weights_that_are_not_finite_never_serve(tied: World):
     tied.transfer()
 
 
-def test_requests_in_flight_during_a_transfer_carry_the_version_of_each_token(partitioned: World):
+@pytest.mark.parametrize("name", ["tied", "partitioned"])
+def test_requests_in_flight_during_a_transfer_carry_the_version_of_each_token(
+    name: str, request: pytest.FixtureRequest
+):
+    world: World = request.getfixturevalue(name)
     requests = requests_of(24, max_new_tokens=180)
-    partitioned.transfer()
-    old_version, old_model = partitioned.version, partitioned.model()
-    partitioned.train(steps=2)
+    world.transfer()
+    old_version, old_model = world.version, world.model()
+    world.train(steps=2)
     trajectories: list[Trajectory] = []
 
     def collect() -> None:
-        trajectories.extend(t for finished in partitioned.pool.generate(requests) for t in finished)
+        trajectories.extend(t for finished in world.pool.generate(requests) for t in finished)
 
     sampling = Thread(target=collect)
     sampling.start()
     time.sleep(0.3)
-    partitioned.transfer()
+    world.transfer()
     sampling.join(TIMEOUT_S)
     assert len(trajectories) == len(requests)
     for trajectory in trajectories:
@@ -328,9 +332,9 @@ def test_requests_in_flight_during_a_transfer_carry_the_version_of_each_token(pa
         assert all(left[1] == right[0] for left, right in itertools.pairwise(bounds))
     mixed = [t for t in trajectories if len(t.versions) == 2]
     assert mixed, "no request was in flight"
-    for trajectory, new_logprobs in zip(mixed, partitioned.trainer_logprobs(mixed), strict=True):
+    for trajectory, new_logprobs in zip(mixed, world.trainer_logprobs(mixed), strict=True):
         first, second = trajectory.versions
-        assert (first.version, second.version) == (old_version, partitioned.version)
+        assert (first.version, second.version) == (old_version, world.version)
         engine_logprobs = torch.tensor(trajectory.logprobs)
         old_logprobs = logprobs_under(old_model, trajectory)
         # Each token carries the log-probability, and the version, of the weights that it was sampled with.
@@ -347,16 +351,18 @@ def logprobs_under(model: Any, trajectory: Trajectory) -> Tensor:
     return logprobs[start - 1 : -1].gather(1, ids[start:, None])[:, 0]
 
 
-def test_prompts_cached_under_old_weights_are_not_read_under_new_ones(partitioned: World):
+@pytest.mark.parametrize("name", ["tied", "partitioned"])
+def test_prompts_cached_under_old_weights_are_not_read_under_new_ones(name: str, request: pytest.FixtureRequest):
     """A prompt of several cache blocks, sampled before and after a transfer."""
+    world: World = request.getfixturevalue(name)
     ids = torch.randint(5, VOCAB, (200,), generator=torch.Generator().manual_seed(2)).tolist()
     request = [SampleRequest("long", 0, ids, 1, 1.0, 8)]
-    partitioned.sample(request)
-    partitioned.train()
-    partitioned.transfer()
+    world.sample(request)
+    world.train()
+    world.transfer()
     for _ in range(2):  # the second time the prompt comes from the cache
-        (trajectory,) = partitioned.sample(request)
-        assert largest_difference([trajectory], partitioned.trainer_logprobs([trajectory])) < TOLERANCE
+        (trajectory,) = world.sample(request)
+        assert largest_difference([trajectory], world.trainer_logprobs([trajectory])) < TOLERANCE
 
 
 # ---- sampling
@@ -447,13 +453,17 @@ def test_what_an_engine_that_leaves_has_not_answered_the_others_answer(tied: Wor
     assert [by_name[t.uid, t.sample] for t in expected] == [t.response_ids for t in expected]
 
 
-def test_an_engine_ends_when_vllms_own_process_does(tied: World):
-    logs = str(tied.pool._placement.logs)
-    (own,) = [pid for pid, name in processes_of(logs).items() if "EngineCore" in name]
-    os.kill(own, signal.SIGKILL)
-    time.sleep(1)  # nobody asks anything of it meanwhile
+def test_an_engine_ends_when_a_step_of_vllm_fails(tied: World):
+    def break_step(actor: Any) -> None:
+        def fail() -> None:
+            raise MemoryError("no room for the step")
+
+        actor._engine._engine.step = fail
+
+    (engine,) = tied.pool.engines
+    ray.get(engine.__ray_call__.remote(break_step))
     with pytest.raises(EngineError, match="It was the last engine that served"):
-        tied.transfer()
+        list(tied.pool.generate(requests_of(2, max_new_tokens=5)))
 
 
 def test_an_engine_ends_with_all_its_processes_when_the_workers_of_its_other_node_do(partitioned: World):
@@ -468,3 +478,17 @@ def test_an_engine_ends_with_all_its_processes_when_the_workers_of_its_other_nod
     while of_engine & processes_of(logs).keys():
         assert time.monotonic() < deadline, processes_of(logs)
         time.sleep(0.2)
+
+
+def test_its_successor_serves_and_ends_when_vllms_own_process_does(partitioned: World):
+    """vLLM's workers of tensor-parallel engines are in processes of their own, with one between."""
+    ((_, up),) = partitioned.pool._joining.values()
+    ray.get(up, timeout=120)
+    partitioned.transfer()
+    assert_sampled_from_the_trainers_weights(partitioned)
+    logs = str(partitioned.pool._placement.logs)
+    (own,) = [pid for pid, name in processes_of(logs).items() if "EngineCore" in name]
+    os.kill(own, signal.SIGKILL)
+    time.sleep(1)  # nobody asks anything of it meanwhile
+    with pytest.raises(EngineError, match="It was the last engine that served"):
+        partitioned.transfer()
