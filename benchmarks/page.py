@@ -21,9 +21,10 @@ the largest in brackets.
 ROLLOUT = """
 ## Rollout
 
-Sampling through the engines of a run, beside vLLM alone (`LLM.generate`, the same requests, threads and limits, without
-seeds and log-probabilities). Time runs from handing over the requests to the last finished response in the driver.
-Latencies count from the arrival at the engine, waiting included. Weights are random.
+Sampling through the engines of a run, beside vLLM alone (`LLM.generate`, the same requests with their seeds and
+log-probabilities, threads and limits), and beside vLLM alone without seeds and log-probabilities ("plain"). Time runs
+from handing over the requests to the last finished response in the driver. Latencies count from the arrival at the
+engine, waiting included, and come from one further measurement. Weights are random.
 """
 
 ITERATION = """
@@ -86,8 +87,8 @@ def rollout(report: dict[str, Any]) -> list[str]:
         f"\n`{report['command']}`\n",
         f"{report['processor']}, {machine}; {versions}; commit {report['commit']}.\n",
     ]
-    names = ("engines", "at once", "prompt", "response", "tokens/s", "share of bare vLLM", "first token, s")
-    names += ("latency p50, p95, p99, s", "idle", "cache", "preempted")
+    names = ("engines", "at once", "prompt", "response", "tokens/s", "share of bare vLLM", "of plain")
+    names += ("first token, s", "latency p50, p95, p99, s", "idle", "cache", "preempted")
     lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in report["rows"]:
         rate, share, latency = row["generated_tokens_per_s"], row["share_of_bare"], row["latency_s"]
@@ -98,6 +99,7 @@ def rollout(report: dict[str, Any]) -> list[str]:
             row["response_tokens"],
             f"{rate['median']:.0f} ({rate['min']:.0f} to {rate['max']:.0f})",
             f"{share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f})",
+            f"{row['share_of_plain']['median']:.2f}",
             f"{row['first_token_s']['p50']:.2f}",
             ", ".join(f"{latency[name]:.2f}" for name in ("p50", "p95", "p99")),
             f"{row['idle_share']:.1%}",

@@ -9,7 +9,7 @@ from rlhf_ray.rollout.engine import EngineSpec, engine_args
 from rlhf_ray.tracking.logs import setup_actor_logging
 
 # What the system needs of an engine, and a bare one does without.
-OURS = ("weight_transfer_config", "worker_extension_cls", "logprobs_mode", "disable_log_stats")
+OURS = ("weight_transfer_config", "worker_extension_cls")
 
 
 class BareEngine:
@@ -28,14 +28,29 @@ class BareEngine:
         """Answers once the engine is up."""
         return True
 
-    def run(self, workload: Workload) -> float:
-        """Seconds to sample all of it, without seeds and log-probabilities."""
+    def run(self, workload: Workload, plain: bool = False) -> float:
+        """Seconds to sample all of it.
+
+        Args:
+            workload: what to sample.
+            plain: without what training needs of a sample, its seed and the log-probabilities of its tokens.
+        """
         from vllm import SamplingParams
 
         prompts: list[Any] = [{"prompt_token_ids": ids} for ids in workload.prompts for _ in range(workload.samples)]
         params = [
             SamplingParams(temperature=1.0, max_tokens=length, ignore_eos=True, detokenize=False)
-            for length in workload.lengths
+            if plain
+            else SamplingParams(
+                temperature=1.0,
+                max_tokens=length,
+                ignore_eos=True,
+                detokenize=False,
+                seed=index,
+                logprobs=0,
+                flat_logprobs=True,
+            )
+            for index, length in enumerate(workload.lengths)
         ]
         started = time.perf_counter()
         outputs = self._llm.generate(prompts, params, use_tqdm=False)

@@ -69,9 +69,6 @@ class Side(Protocol):
     def run(self, workload: Workload) -> float:
         """Seconds to sample all of it."""
 
-    def statistics(self) -> list[dict[str, Any]]:
-        """`EngineStatistics` of each engine since the last call; none where they are not kept."""
-
 
 @dataclass(frozen=True)
 class System:
@@ -100,9 +97,13 @@ class System:
             raise EngineError(f"the engines sampled {found} tokens where {workload.generated_tokens} were asked for")
         return seconds
 
-    def statistics(self) -> list[dict[str, Any]]:
-        """Those of the engines."""
-        return self.pool.statistics()
+    def observe(self, workload: Workload) -> tuple[float, list[dict[str, Any]]]:
+        """Seconds to sample all of it while the engines keep statistics, and `EngineStatistics` of each."""
+        self.pool.statistics()
+        self.pool.keep_statistics(True)
+        seconds = self.run(workload)
+        self.pool.keep_statistics(False)
+        return seconds, self.pool.statistics()
 
 
 @dataclass(frozen=True)
@@ -112,15 +113,11 @@ class Bare:
     engines: list[Any]
     timeout_s: float
 
-    def run(self, workload: Workload) -> float:
-        """Of the engine that takes longest, measured inside it."""
+    def run(self, workload: Workload, plain: bool = False) -> float:
+        """Of the engine that takes longest, measured inside it; `plain` as in `BareEngine.run`."""
         count = len(self.engines)
-        refs = [engine.run.remote(workload.part(index, count)) for index, engine in enumerate(self.engines)]
+        refs = [engine.run.remote(workload.part(index, count), plain) for index, engine in enumerate(self.engines)]
         return max(get(refs, "vLLM alone: sampling", self.timeout_s))
-
-    def statistics(self) -> list[dict[str, Any]]:
-        """None."""
-        return []
 
 
 def bench_rollout(config: PPOConfig, sweep: Sweep) -> Iterator[dict[str, Any]]:
@@ -160,13 +157,13 @@ def _measure(
 ) -> Iterator[dict[str, Any]]:
     """All lengths on one set of engines."""
     cells = list(itertools.product(sweep.prompts, sweep.responses))
-    workloads = [
-        [
-            make_workload(prompt, response, sweep.num_prompts, sweep.samples, vocabulary, index * 1000 + repeat)
-            for repeat in range(sweep.repeats + 1)
-        ]
-        for index, (prompt, response) in enumerate(cells)
-    ]
+
+    def workloads(index: int, first: int, count: int) -> list[Workload]:
+        """Of one cell; no two have the same prompts, which a cache would know."""
+        seeds = range(1000 * index + first, 1000 * index + first + count)
+        return [make_workload(*cells[index], sweep.num_prompts, sweep.samples, vocabulary, seed) for seed in seeds]
+
+    turns_of_cell = sweep.repeats + 1
     with reserve(plan_of([demand], config.placement.of(("rollout",))), logs) as placement:
         sides: dict[str, AbstractContextManager[Side]] = {
             "system": _system(config, spec, placement),
@@ -175,23 +172,27 @@ def _measure(
         # In turns, so that both see the same machine; GPUs have no room for both.
         turns = [["system"], ["bare"]] if spec.gpu else [["system", "bare"]]
         seconds: dict[str, list[list[float]]] = {name: [[] for _ in cells] for name in sides}
-        statistics: list[list[dict[str, Any]]] = [[] for _ in cells]
+        plain: list[list[float]] = [[] for _ in cells]
+        observed: list[tuple[float, list[dict[str, Any]]]] = []
         for names in turns:
             with ExitStack() as stack:
                 open_sides = {name: stack.enter_context(sides[name]) for name in names}
-                for index, repeats in enumerate(workloads):
-                    for repeat, workload in enumerate(repeats):
+                for index in range(len(cells)):
+                    of_plain = workloads(index, turns_of_cell, turns_of_cell)
+                    for repeat, workload in enumerate(workloads(index, 0, turns_of_cell)):
                         for name in names if repeat % 2 else reversed(names):
                             seconds[name][index].append(open_sides[name].run(workload))
-                        if "system" in open_sides:
-                            found = open_sides["system"].statistics()
-                            statistics[index] += found if repeat else []
+                        if isinstance(bare := open_sides.get("bare"), Bare):
+                            plain[index].append(bare.run(of_plain[repeat], plain=True))
+                    if isinstance(system := open_sides.get("system"), System):
+                        observed.append(system.observe(*workloads(index, 2 * turns_of_cell, 1)))
     units = demand.processes * (demand.gpus or demand.cpus)
     for index, (prompt, response) in enumerate(cells):
         yield {
             "prompt_tokens": describe(prompt),
             "response_tokens": describe(response),
-            **_row(workloads[index][1:], seconds["system"][index], seconds["bare"][index], statistics[index], units),
+            **_rates(workloads(index, 0, 1)[0], seconds["system"][index], seconds["bare"][index], plain[index], units),
+            **_seen(*observed[index]),
         }
 
 
@@ -224,16 +225,13 @@ def _bare(config: PPOConfig, spec: EngineSpec, placement: Placement, count: int)
             ray.kill(engine)
 
 
-def _row(
-    workloads: list[Workload], system: list[float], bare: list[float], statistics: list[dict[str, Any]], units: float
+def _rates(
+    workload: Workload, system: list[float], bare: list[float], plain: list[float], units: float
 ) -> dict[str, Any]:
-    """Numbers of one combination; the first measurement of each side warmed up."""
-    generated, total = workloads[0].generated_tokens, workloads[0].total_tokens
-    wall = sum(system[1:]) * (len(statistics) // len(workloads) or 1)
-    pooled = {key: [value for one in statistics for value in one[key]] for key in ("first_token_s", "latency_s")}
-    queries = sum(one["prefix_queries"] for one in statistics)
+    """How fast one combination is; the first measurement of each side warmed up."""
+    generated, total = workload.generated_tokens, workload.total_tokens
     return {
-        "requests": len(workloads[0].lengths),
+        "requests": len(workload.lengths),
         "generated_tokens": generated,
         "total_tokens": total,
         "warm_up_s": {"system": system[0], "bare": bare[0]},
@@ -242,9 +240,18 @@ def _row(
         "generated_tokens_per_s_per_unit": spread([generated / s / units for s in system[1:]]),
         "bare_generated_tokens_per_s": spread([generated / s for s in bare[1:]]),
         "share_of_bare": spread([b / s for s, b in zip(system[1:], bare[1:], strict=True)]),
+        "share_of_plain": spread([p / s for s, p in zip(system[1:], plain[1:], strict=True)]),
+    }
+
+
+def _seen(seconds: float, statistics: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the engines told of a measurement that took so long."""
+    pooled = {key: [value for one in statistics for value in one[key]] for key in ("first_token_s", "latency_s")}
+    queries = sum(one["prefix_queries"] for one in statistics)
+    return {
         "first_token_s": percentiles(pooled["first_token_s"]),
         "latency_s": percentiles(pooled["latency_s"]),
-        "idle_share": 1 - sum(one["busy_s"] for one in statistics) / wall,
+        "idle_share": 1 - sum(one["busy_s"] for one in statistics) / (seconds * len(statistics)),
         "kv_cache_peak": max((one["kv_cache_peak"] for one in statistics), default=math.nan),
         "preemptions": sum(one["preemptions"] for one in statistics),
         "prefix_hit_share": sum(one["prefix_hits"] for one in statistics) / queries if queries else 0.0,

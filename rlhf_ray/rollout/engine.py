@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf_ray.errors import EngineError
 from rlhf_ray.rollout.further_nodes import FurtherNodes
+from rlhf_ray.rollout.in_process import InProcessEngine
 from rlhf_ray.runtime.cores import bind_to_cores
 from rlhf_ray.runtime.interface import choose_interface
 from rlhf_ray.tracking.activity import activity
@@ -102,11 +103,10 @@ class RolloutEngine:
         self._asleep = False
         self._closed = False
         self._transfer = ExitStack()  # the span of a transfer under way
-        from rlhf_ray.rollout.in_process import InProcessEngine
         from rlhf_ray.rollout.statistics import StatisticsLogger
 
         self._statistics = StatisticsLogger()
-        # With any logger vLLM keeps statistics of every token, which costs a tenth of a small model's step.
+        # With any logger vLLM keeps statistics of every token, which costs a part of a small model's step.
         loggers: list[Any] = [lambda *_: self._statistics] if spec.statistics else []
         self._further = FurtherNodes(engine_args(spec), others)
         self._engine: Any
@@ -256,6 +256,11 @@ class RolloutEngine:
     async def serve_random_weights(self) -> None:
         """Serve, as version 0, the weights that vLLM made up at the start: for measurements without a trainer."""
         self._random, self._version = True, 0
+
+    async def keep_statistics(self, on: bool) -> None:
+        """Whether to keep statistics from here on, where the spec has them; an engine on a GPU always does."""
+        if isinstance(self._engine, InProcessEngine):
+            await self._engine.keep_statistics(on)
 
     async def statistics(self) -> dict[str, Any]:
         """`EngineStatistics` since the last call."""

@@ -50,10 +50,9 @@ class InProcessEngine:
 
             config = EngineArgs(**args).create_engine_config()
             self._engine = LLMEngine(config, Executor.get_class(config), log_stats=bool(loggers))
-            if loggers:  # in place of vLLM's own, which take longer than ours
-                self._engine.logger_manager = StatLoggerManager(
-                    config, custom_stat_loggers=loggers, enable_default_loggers=False
-                )
+            # In place of vLLM's own loggers, which take longer than ours.
+            self._loggers = StatLoggerManager(config, custom_stat_loggers=loggers, enable_default_loggers=False)
+            self._keep_statistics(False)
             self._core: Any = self._engine.engine_core.engine_core  # type: ignore[attr-defined]
         except BaseException as error:
             started.set_exception(error)
@@ -88,6 +87,14 @@ class InProcessEngine:
         while True:
             answer, _ = self._calls.get()
             _answer(answer, fail)
+
+    async def keep_statistics(self, on: bool) -> None:
+        """Whether the loggers hear of each step, which takes a part of it."""
+        await self._call(self._keep_statistics, on)
+
+    def _keep_statistics(self, on: bool) -> None:
+        self._engine.log_stats = self._engine.output_processor.log_stats = on
+        self._engine.logger_manager = self._loggers if on else None
 
     async def _call(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Have the thread call something of the engine between two steps."""

@@ -232,6 +232,10 @@ class RolloutPool:
         """Serve the weights that vLLM made up at the start, for measurements without a trainer."""
         self._on_all("serve_random_weights")
 
+    def keep_statistics(self, on: bool) -> None:
+        """Whether the engines keep statistics from here on; see `RolloutEngine.keep_statistics`."""
+        self._on_all("keep_statistics", on)
+
     def statistics(self) -> list[dict[str, Any]]:
         """`EngineStatistics` of each engine since the last call."""
         return self._on_all("statistics")

@@ -56,6 +56,24 @@ def test_an_iteration_and_the_bare_work_in_it_are_measured(ray_cluster: None, tm
 
 
 @pytest.mark.system
+def test_sampling_ahead_is_measured_beside_the_same_in_turns(ray_cluster: None, tmp_path: Path):
+    workload = IterationWorkload(TINY, 6, 8, LogNormal(12, 0.9, 40))
+    overrides = ["ppo.max_staleness=1", "placement.cores={rollout: [0], policy: [1], critic: [1]}"]
+    overrides += ["rollout.vllm.enforce_eager=true", "rollout.kv_cache_gib=0.05", "run.timeout_s=120"]
+    overrides += ["rollout.cpus=0.5", *(f"{name}.cpus=0.25" for name in ("policy", "critic", "reference", "reward"))]
+    row = bench_iteration(built_in_config(workload, "fp32", tmp_path, 4, overrides), workload)
+    turns, metrics = row["in_turns_s"], (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    longer = max(turns["generate"], turns["rest"])
+    assert turns["iteration"]["min"] <= turns["generate"] + turns["rest"] <= turns["iteration"]["max"]
+    assert row["share_of_longer"]["max"] == pytest.approx(row["iteration_s"]["max"] / longer)
+    # Only the run that is compared with samples in turns.
+    assert json.loads(metrics[-1])["sampling/staleness/max"] == 1
+    before = (tmp_path / "run-in-turns" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(before[-1])["sampling/staleness/max"] == 0
+    assert "iteration / the longer of the two" in iteration_lines("tiny", "fp32", row)
+
+
+@pytest.mark.system
 def test_transfers_are_measured_beside_a_copy_of_the_same_bytes(ray_cluster: None, tmp_path: Path):
     workload = IterationWorkload(TINY, 2, 48, LogNormal(12, 0.9, 40))
     overrides = ["rollout.vllm.enforce_eager=true", "rollout.kv_cache_gib=0.05", "run.timeout_s=120"]

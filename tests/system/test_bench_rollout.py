@@ -57,7 +57,8 @@ def test_rates_follow_from_each_other(measured: dict[str, Any]):
         assert total["min"] / rate["min"] == pytest.approx(row["total_tokens"] / row["generated_tokens"])
         # Half a core is reserved for the engine.
         assert row["generated_tokens_per_s_per_unit"]["median"] == pytest.approx(2 * rate["median"])
-        assert 0 < row["share_of_bare"]["min"] <= row["share_of_bare"]["max"]
+        for share in (row["share_of_bare"], row["share_of_plain"]):
+            assert 0 < share["min"] <= share["median"] <= share["max"]
 
 
 def test_the_engine_tells_of_waiting_cache_and_idleness(measured: dict[str, Any]):
