@@ -8,8 +8,9 @@ from rlhf_ray.bench.workload import Workload
 from rlhf_ray.rollout.engine import EngineSpec, engine_args
 from rlhf_ray.tracking.logs import setup_actor_logging
 
-# What the system needs of an engine, and a bare one does without.
-OURS = ("weight_transfer_config", "worker_extension_cls")
+# What the system needs of an engine, and a bare one does without. The worker extension stays: it does nothing but end
+# vLLM's own processes, which hold a GPU's memory, with the actor.
+OURS = ("weight_transfer_config", "enable_sleep_mode")
 
 
 class BareEngine:

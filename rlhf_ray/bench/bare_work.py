@@ -60,18 +60,21 @@ def bare_work(config: PPOConfig, requests: Workload, prompt_tokens: int) -> Iter
     logs.mkdir(parents=True, exist_ok=True)
     actors: list[Any] = []
 
-    def start(actor: type, name: str, *args: Any) -> Any:
-        variables = {**actor_environment(cores), **logging_environment(logs, name)}
+    def start(actor: type, name: str, gpus: float, *args: Any) -> Any:
+        variables = {**actor_environment(cores, gpus), **logging_environment(logs, name)}
         actor_class: Any = ray.remote(actor)
-        actors.append(actor_class.options(num_cpus=0, runtime_env={"env_vars": variables}).remote(*args))
+        options = {"num_cpus": 0, "num_gpus": gpus, "runtime_env": {"env_vars": variables}}
+        actors.append(actor_class.options(**options).remote(*args))
         get(actors[-1].ready.remote(), f"{name}: start-up", START_TIMEOUT_S)
         return actors[-1]
 
     try:
-        engine = start(BareEngine, "bare-vllm", engine_spec(config, eos_token_ids=()))
-        training = config.training
+        rollout, training, gpus = config.rollout, config.training, config.policy.gpus
+        spec = engine_spec(config, eos_token_ids=())
+        engine = start(BareEngine, "bare-vllm", rollout.gpus * rollout.tensor_parallel, spec)
         models = (config.policy.path, config.critic.init)
-        torch_alone = start(BareTorch, "bare-torch", *models, training.dtype, cores, training.micro_batch_tokens)
+        numbers = (training.dtype, cores, training.micro_batch_tokens, gpus > 0)
+        torch_alone = start(BareTorch, "bare-torch", gpus, *models, *numbers)
         sequences = [prompt + [0] * length for prompt, length in zip(requests.prompts, requests.lengths, strict=True)]
         parts: dict[str, Callable[[], Any]] = {"generate": partial(engine.run.remote, requests)}
         for name, (method, head) in STEPS.items():

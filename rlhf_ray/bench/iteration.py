@@ -88,9 +88,22 @@ def built_in_config(
     workload: IterationWorkload, dtype: str, folder: Path, count: int, overrides: list[str]
 ) -> PPOConfig:
     """A run of `count` iterations on this machine's cores, on models that are written into the folder."""
+    write_models(folder, workload.model)
+    return config_on_models(workload, dtype, folder, count, overrides)
+
+
+def write_models(folder: Path, sizes: dict[str, Any]) -> None:
+    """The policy, and the reward model that the critic starts from, into the folder."""
+    write_llama(folder / "policy", sizes, scalar=False)
+    write_llama(folder / "reward", sizes, scalar=True)
+
+
+def config_on_models(
+    workload: IterationWorkload, dtype: str, folder: Path, count: int, overrides: list[str]
+) -> PPOConfig:
+    """The configuration alone; the models of `write_models` are in the folder, or will be."""
     cores = len(os.sched_getaffinity(0))
-    policy = write_llama(folder / "policy", workload.model, scalar=False)
-    reward = write_llama(folder / "reward", workload.model, scalar=True)
+    policy, reward = str(folder / "policy"), str(folder / "reward")
     half = max(1, cores // 2)
     values = {
         "run": {"dir": str(folder / "run"), "checkpoint_every": count},
@@ -118,7 +131,8 @@ def built_in_config(
 def bench_iteration(config: PPOConfig, workload: IterationWorkload) -> dict[str, Any]:
     """Measure the iterations of a run beside what they are made of.
 
-    With `ppo.max_staleness` 0 that is the bare work, measured before each iteration, so that both see the same machine.
+    With `ppo.max_staleness` 0 that is the bare work, measured before each iteration, so that both see the same machine,
+    or after all of them on GPUs.
     Above 0 it is the longer of sampling and of all the rest, in the same iterations without staleness, measured before.
 
     Args:
@@ -133,8 +147,14 @@ def bench_iteration(config: PPOConfig, workload: IterationWorkload) -> dict[str,
     """
     requests = workload.requests(seed=0)
     if not config.ppo.max_staleness:
-        with bare_work(config, requests, workload.prompt_tokens) as bare:
-            rows = _system(config, requests, bare.measure)
+        if config.rollout.gpus:  # which have no room for both at a time
+            rows = _system(config, requests)
+            with bare_work(config, requests, workload.prompt_tokens) as bare:
+                for _ in range(config.ppo.iterations):
+                    bare.measure()
+        else:
+            with bare_work(config, requests, workload.prompt_tokens) as bare:
+                rows = _system(config, requests, bare.measure)
         parts = {name: seconds[1:] for name, seconds in bare.seconds.items()}
         total = [sum(of_turn) for of_turn in zip(*parts.values(), strict=True)]
         return {

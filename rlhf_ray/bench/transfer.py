@@ -10,6 +10,7 @@ import torch
 from rlhf_ray.bench.rollout import spread
 from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.driver.groups import engine_spec, trainer_group
+from rlhf_ray.driver.turns import Turns
 from rlhf_ray.errors import ModelError
 from rlhf_ray.placement.groups import reserve
 from rlhf_ray.placement.memory import BYTES
@@ -25,21 +26,31 @@ PROBE = list(range(10, 42))
 
 
 class Copier:
-    """A Ray actor that copies bytes within memory."""
+    """A Ray actor that copies bytes within memory, or within that of the first GPU of its node."""
+
+    def __init__(self, gpu: bool) -> None:
+        self._device = "cuda" if gpu else "cpu"
 
     def copy(self, size: int) -> float:
         """Seconds to copy `size` bytes between two buffers that were written before."""
-        source, target = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
-        started = time.perf_counter()
+        source = torch.ones(size, dtype=torch.uint8, device=self._device)
+        target = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        started = self._now()
         target.copy_(source)
-        return time.perf_counter() - started
+        return self._now() - started
+
+    def _now(self) -> float:
+        """The clock, once a GPU has done what it was given."""
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def bench_transfer(config: PPOConfig, repeats: int) -> dict[str, Any]:
     """Send the policy's weights to idle engines, and copy as many bytes within one process, in turns.
 
     A transfer is all that lies between the last response on old weights and the first on new ones: engines stop,
-    receive and load, the probe agrees, they serve.
+    receive and load, the probe agrees, they serve. Engines that share GPUs with the policy sleep before, as in a run.
 
     Args:
         config: its policy and rollout engines are started; they log into `<run.dir>-bench`.
@@ -57,20 +68,28 @@ def bench_transfer(config: PPOConfig, repeats: int) -> dict[str, Any]:
     plan = plan_of([demand for demand in demands(config) if demand.name in GROUPS], config.placement.of(GROUPS))
     transfers, copies = [], []
     with connection(config.run.ray_address), reserve(plan, logs) as placement:
-        environment = {"env_vars": actor_environment(config.policy.cpus)}
+        # Beside the GPUs of the policy and the engines, which are reserved whole: Ray hides none from it.
+        environment = {"env_vars": actor_environment(config.policy.cpus, config.policy.gpus)}
         actor_class: Any = ray.remote(Copier)
-        copier = actor_class.options(num_cpus=0, runtime_env=environment).remote()
+        copier = actor_class.options(num_cpus=0, runtime_env=environment).remote(config.policy.gpus > 0)
         pool = RolloutPool(engine_spec(config, ()), placement, patience)
-        pool.launch()
         policy = trainer_group(config, placement, "policy", patience)
+        turns = Turns(config, {"policy": policy}, pool)
         try:
+            if not turns.taken:
+                pool.launch()
             policy.start().result()
+            if turns.taken:
+                turns.to_engines()
+                pool.launch()
             pool.start()
             shape = find_shape(config.policy.path)  # a model of the hub is on this machine by now
             if shape is None:
                 raise ModelError(f"policy.path: {config.policy.path} has no config.json that tells its size")
             size = shape.parameters * BYTES[config.rollout.dtype]
             for version in range(repeats + 1):
+                turns.to_trainers()
+                turns.to_engines()
                 transfers.append(pool.update_weights(policy, version, PROBE)["time/transfer"])
                 copies.append(get(copier.copy.remote(size), "a copy in memory", config.run.timeout_s))
         finally:

@@ -236,6 +236,15 @@ class TrainingSection(Section):
         default=False,
         description="Whether activations are computed again in the backward pass to save memory.",
     )
+    attention: Literal["auto", "flash_attention_2", "packed_sdpa"] = Field(
+        default="auto",
+        description="Attention of the trained models: flash attention in bf16 where a GPU and flash-attn are, or "
+        "PyTorch's; `auto` takes the former where it runs.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Whether torch.compile translates the layers of the trained models, during the first steps.",
+    )
     micro_batch_tokens: int = Field(
         default=8192, ge=2, description="Most tokens of one forward and backward pass per process."
     )
@@ -247,6 +256,16 @@ class TrainingSection(Section):
             problems.add("betas", f"{list(self.betas)} are not both at least 0 and below 1; (0.9, 0.95) is usual")
         if self.offload_optimizer and self.zero_stage == 0:
             problems.add("offload_optimizer", "true with `zero_stage` 0, which cannot; set the latter to 1, 2 or 3")
+        if self.compile and self.zero_stage == 3:
+            problems.add(
+                "compile",
+                "true with `zero_stage` 3, which gathers weights whenever a module is called, and compiled layers call "
+                "none; set the latter to 2 or less, or this to false",
+            )
+        if self.attention == "flash_attention_2" and self.dtype == "fp32":
+            problems.add(
+                "attention", "flash_attention_2 with `dtype` fp32, which it does not compute; set the latter to bf16"
+            )
         problems.check()
         return self
 

@@ -12,28 +12,55 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
 from rlhf_ray.errors import ModelError
 
+AUTO = "auto"
 PACKED_SDPA = "packed_sdpa"
 FLASH_ATTENTION = "flash_attention_2"
 
 
+# Both kinds of attention stay out of what torch.compile translates: the one is a loop over sequences, of which every
+# batch has another number, the other a kernel.
+_flash_attention = torch.compiler.disable(flash_attention_forward)
+
+
 def register() -> None:
-    """Make `packed_sdpa` known to transformers. Calling it again changes nothing."""
+    """Make both kinds of attention known to transformers. Calling it again changes nothing."""
     AttentionInterface.register(PACKED_SDPA, packed_sdpa)
     AttentionMaskInterface.register(PACKED_SDPA, _no_mask)
+    AttentionInterface.register(FLASH_ATTENTION, _flash_attention)
 
 
-def choose_attention(dtype: torch.dtype) -> str:
+def choose_attention(dtype: torch.dtype, asked: str = AUTO) -> str:
     """Return the attention implementation for a model of this dtype on this machine.
 
     FlashAttention takes half precision on CUDA alone; everything else runs `packed_sdpa`.
+
+    Args:
+        dtype: Of the model.
+        asked: `packed_sdpa`, `flash_attention_2`, or `auto` for the latter wherever it runs.
+
+    Raises:
+        ModelError: FlashAttention was asked for by name and cannot run here.
     """
-    if torch.cuda.is_available() and dtype == torch.bfloat16 and is_flash_attn_2_available():
-        return FLASH_ATTENTION
-    return PACKED_SDPA
+    lacking = [
+        what
+        for what, there in (
+            ("bf16", dtype == torch.bfloat16),
+            ("a GPU", torch.cuda.is_available()),
+            ("the package flash-attn", is_flash_attn_2_available()),
+        )
+        if not there
+    ]
+    if asked == FLASH_ATTENTION and lacking:
+        raise ModelError(
+            f"training.attention {FLASH_ATTENTION} needs {' and '.join(lacking)}, which this process does not have. "
+            f"Set it to {PACKED_SDPA}, or to {AUTO}, which takes what there is."
+        )
+    return PACKED_SDPA if lacking or asked == PACKED_SDPA else FLASH_ATTENTION
 
 
 def packing_kwargs(cu_seqlens: torch.Tensor, attention: str) -> dict[str, Any]:
@@ -43,21 +70,22 @@ def packing_kwargs(cu_seqlens: torch.Tensor, attention: str) -> dict[str, Any]:
         cu_seqlens: int32 [S+1], where each sequence starts, and the end of the last.
         attention: `packed_sdpa` or `flash_attention_2`.
 
-    The lengths become Python integers here, once for each forward pass, so that a GPU is synchronised once
-    and not in every layer.
+    What a layer needs to know off the GPU comes from it here, once for each forward pass, so that a GPU is
+    synchronised once and not in every layer.
     """
-    lengths = cu_seqlens.diff().tolist()
+    bounds = cu_seqlens.cpu()
     if attention == FLASH_ATTENTION:
-        longest = max(lengths)
+        longest = int(bounds.diff().max())
         return {
             "cu_seq_lens_q": cu_seqlens,
             "cu_seq_lens_k": cu_seqlens,
             "max_length_q": longest,
             "max_length_k": longest,
         }
-    return {"sequence_lengths": lengths}
+    return {"sequence_bounds": bounds}
 
 
+@torch.compiler.disable
 def packed_sdpa(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -68,7 +96,7 @@ def packed_sdpa(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    sequence_lengths: list[int] | None = None,
+    sequence_bounds: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sequence of a packed row; the signature is transformers' attention
@@ -79,13 +107,14 @@ def packed_sdpa(
         query: [1, heads, T, head_dim].
         key: [1, key-value heads, T, head_dim].
         value: [1, key-value heads, T, head_dim].
-        attention_mask: Must be None: the mask follows from `sequence_lengths`.
+        attention_mask: Must be None: the mask follows from `sequence_bounds`.
         dropout: Probability of dropping an attention weight.
         scaling: Factor on the scores; None means 1 / sqrt(head_dim).
         sliding_window: A token sees itself and the `sliding_window - 1` tokens before it; None means all.
         softcap: Gemma 2's cap on the scores, `softcap * tanh(score / softcap)`; None means no cap.
-        sequence_lengths: The lengths of the sequences, whose sum is T. Required: an architecture that loses
-            it on the way here would let sequences see each other.
+        sequence_bounds: int32 [S+1] on the CPU, where each sequence starts, and T. Required: an architecture
+            that loses it on the way here would let sequences see each other. A tensor and no list of numbers,
+            for which torch.compile would translate the layer anew.
         kwargs: What else the architecture passes; attention sinks and position biases are refused.
 
     Returns:
@@ -102,13 +131,14 @@ def packed_sdpa(
             f"{PACKED_SDPA} got {what} from {type(module).__name__}, which packed attention does not "
             "compute. Use a model of a supported architecture."
         )
-    if sequence_lengths is None:
+    if sequence_bounds is None:
         raise ModelError(
-            f"{PACKED_SDPA} got no sequence lengths from {type(module).__name__}: call the model through "
+            f"{PACKED_SDPA} got no bounds of sequences from {type(module).__name__}: call the model through "
             "PackedCausalLM or PackedScalarModel."
         )
     outputs = []
-    pieces = zip(*(x.split(sequence_lengths, dim=2) for x in (query, key, value)), strict=True)
+    lengths = sequence_bounds.diff().tolist()
+    pieces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     for q, k, v in pieces:
         if softcap is not None:
             output = _softcapped_attention(q, k, v, dropout, scaling, sliding_window, softcap)

@@ -23,7 +23,7 @@ from rlhf_ray.models.architectures import (
     context_length,
     scalar_class_name,
 )
-from rlhf_ray.models.attention import choose_attention, register
+from rlhf_ray.models.attention import AUTO, choose_attention, register
 from rlhf_ray.models.packed import PackedCausalLM, PackedScalarModel
 from rlhf_ray.models.quiet import quiet_transformers
 from rlhf_ray.names import is_hub_name
@@ -90,7 +90,7 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     return config
 
 
-def load_causal_lm(path: str, dtype: str, *, trust_remote_code: bool = False) -> PackedCausalLM:
+def load_causal_lm(path: str, dtype: str, *, trust_remote_code: bool = False, attention: str = AUTO) -> PackedCausalLM:
     """Load a causal language model, with every dropout of its configuration set to 0.
 
     Dropout would make the trainer's log-probabilities differ from those of the engine that sampled the
@@ -100,6 +100,7 @@ def load_causal_lm(path: str, dtype: str, *, trust_remote_code: bool = False) ->
         path: A folder, or a hub name.
         dtype: "fp32" or "bf16".
         trust_remote_code: Whether code that comes with the model may run.
+        attention: As for `choose_attention`.
 
     Raises:
         ModelError: No such model, an unsupported architecture, a folder that holds another kind of model
@@ -114,13 +115,19 @@ def load_causal_lm(path: str, dtype: str, *, trust_remote_code: bool = False) ->
             "Give the folder of a causal language model, not that of a reward model or of an encoder."
         )
     _set_dropout(config, attention=0.0)
-    model, info = _from_pretrained(AutoModelForCausalLM, path, config, dtype, trust_remote_code)
+    model, info = _from_pretrained(AutoModelForCausalLM, path, config, dtype, trust_remote_code, attention)
     _check_weights(path, expected, set(info["missing_keys"]), set(info["unexpected_keys"]))
     return PackedCausalLM(model)
 
 
 def load_scalar(
-    path: str, dtype: str, *, trust_remote_code: bool = False, dropout: float = 0.0, seed: int = 0
+    path: str,
+    dtype: str,
+    *,
+    trust_remote_code: bool = False,
+    dropout: float = 0.0,
+    seed: int = 0,
+    attention: str = AUTO,
 ) -> PackedScalarModel:
     """Load a reward model or critic.
 
@@ -135,6 +142,7 @@ def load_scalar(
         dropout: Probability of dropout on attention weights and before the head, in training mode. Every
             other dropout of the configuration is 0.
         seed: Of a new head.
+        attention: As for `choose_attention`.
 
     Raises:
         ModelError: No such model, an unsupported architecture, a folder that holds another kind of model, a
@@ -155,7 +163,9 @@ def load_scalar(
         )
     config.num_labels = 1
     _set_dropout(config, attention=dropout)
-    model, info = _from_pretrained(AutoModelForSequenceClassification, path, config, dtype, trust_remote_code)
+    model, info = _from_pretrained(
+        AutoModelForSequenceClassification, path, config, dtype, trust_remote_code, attention
+    )
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     if new_head:
         missing.discard("score.weight")
@@ -261,10 +271,10 @@ def _set_dropout(config: PreTrainedConfig, *, attention: float) -> None:
 
 
 def _from_pretrained(
-    auto_class: Any, path: str, config: PreTrainedConfig, dtype: str, trust_remote_code: bool
+    auto_class: Any, path: str, config: PreTrainedConfig, dtype: str, trust_remote_code: bool, asked: str
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     register()
-    attention = choose_attention(DTYPES[dtype])
+    attention = choose_attention(DTYPES[dtype], asked)
     try:
         with quiet_transformers():
             model, info = auto_class.from_pretrained(
@@ -282,6 +292,7 @@ def _from_pretrained(
             f"The {type(model).__name__} in {path} cannot run '{attention}' attention, which packed "
             f"sequences need (transformers chose '{model.config._attn_implementation}'). Use another architecture."
         )
+    logger.info("%s: %s in %s with %s attention", path, type(model).__name__, dtype, attention)
     # What save_model_folder writes the weights as.
     model.config.architectures = [type(model).__name__]
     return model, info

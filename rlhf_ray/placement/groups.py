@@ -116,7 +116,10 @@ class Placement:
 
     def environment(self, name: str, cpus: float, gpus: float = 0.0, group: str = "") -> dict[str, str]:
         """Environment of an actor: its threads, the cores of its group, its name and where it logs."""
+        # Ray shows all GPUs of a node to an actor that asked for none, and DeepSpeed takes what it sees.
+        hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
         return {
+            **hidden,
             **actor_environment(cpus, gpus),
             **cores_environment(self.plan.cores.get(group, [])),
             **logging_environment(self.logs, name),

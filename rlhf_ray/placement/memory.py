@@ -24,9 +24,11 @@ CPU_ENGINE_GIB = 1.2
 # DeepSpeed's defaults: elements that a reduction collects, and parameters of ZeRO-3 that stay gathered.
 REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
-# Tokens whose logits exist at a time (`models/logprobs.py`), and bytes of a transfer bucket (`rollout/buckets.py`).
+# Tokens whose logits exist at a time (`models/logprobs.py`), and bytes of a transfer bucket (`rollout/buckets.py`), two
+# of which are under way at a time.
 LOGIT_TOKENS = 1024
 BUCKET_BYTES = 16 * 2**20
+GPU_BUCKET_BYTES = 64 * 2**20
 # Tokens of one step of vLLM's scheduler: ours on a CPU (`rollout/engine.py`), vLLM's default on a GPU.
 CPU_STEP_TOKENS = 4096
 GPU_STEP_TOKENS = 2048
@@ -142,8 +144,9 @@ def _in_turns(
             kept += each.parts["gradients"]
         if name == "critic":
             kept += _passing(shape, training.micro_batch_tokens) * b
-        else:  # one buffer, of the largest parameter
-            kept += max(0.0, float(shape.vocab) * shape.hidden * BYTES[config.rollout.dtype] - 2 * BUCKET_BYTES)
+        else:  # one buffer, which the largest parameter fits into
+            largest = float(shape.vocab) * shape.hidden * BYTES[config.rollout.dtype]
+            kept += max(GPU_BUCKET_BYTES, largest) - _in_transfer(True)
         found[name] = replace(each, offloaded=each.offloaded or each.parts["optimizer"], at_rest=kept)
     if "rollout" in found:
         found["rollout"] = replace(found["rollout"], at_rest=found["rollout"].parts["process"])
@@ -192,10 +195,15 @@ def trainer(
         "update": max(update, 0.0) if at_update else 0.0,
         "activations": 0.0 if at_update else _kept(shape, section),
         "logits": 0.0 if at_update else _logits(shape, tokens, b, backward=True, scalar=scalar),
-        "buffers": _buckets(p, stage, on_gpu=on_gpu) * b + (2 * BUCKET_BYTES if sends_weights else 0),
+        "buffers": _buckets(p, stage, on_gpu=on_gpu) * b + (_in_transfer(on_gpu) if sends_weights else 0),
         "process": (GPU_PROCESS_GIB if on_gpu else CPU_PROCESS_GIB) * GIB,
     }
     return Estimate(parts, on_gpu, offloaded)
+
+
+def _in_transfer(on_gpu: bool) -> float:
+    """Bytes of the buckets of a weight transfer, on either side of it."""
+    return 2.0 * (GPU_BUCKET_BYTES if on_gpu else BUCKET_BYTES)
 
 
 def _buckets(parameters: float, stage: int, *, on_gpu: bool) -> float:
@@ -247,13 +255,13 @@ def _engine(config: PPOConfig, shape: ModelShape, gpu_memory_gib: float | None) 
         cache = (
             rollout.kv_cache_gib * GIB
             if rollout.kv_cache_gib
-            else max(taken - weights - activations - 2 * BUCKET_BYTES - process, 0.0)
+            else max(taken - weights - activations - _in_transfer(on_gpu) - process, 0.0)
         )
     parts = {
         "weights": weights,
         "activations": activations,
         "KV cache": cache,
-        "buffers": 2.0 * BUCKET_BYTES,  # one is loaded while the next arrives
+        "buffers": _in_transfer(on_gpu),  # one is loaded while the next arrives
         "process": process,
     }
     return Estimate(parts, on_gpu)

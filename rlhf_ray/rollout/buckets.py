@@ -12,6 +12,9 @@ import torch
 # Large enough that per-message cost vanishes; small enough that the first is soon there, to be loaded while the next
 # one travels, and that the allocator keeps their memory (`runtime.cluster.KEPT_MEMORY`).
 BUCKET_BYTES = 16 * 2**20
+# Between GPUs, where 16 MiB travel in less time than vLLM takes to begin to load them. Two of these are under way at a
+# time, beside what an engine has of its GPU already.
+GPU_BUCKET_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from rlhf_ray.rollout import gloo_transfer
-from rlhf_ray.rollout.buckets import BUCKET_BYTES
+from rlhf_ray.rollout.buckets import GPU_BUCKET_BYTES
 from rlhf_ray.runtime.ports import held_port
 from rlhf_ray.runtime.remote import get
 from rlhf_ray.training.trainer import Trainer
@@ -87,17 +87,25 @@ class WeightSender:
         world_size = 1 + len(engines) * workers_per_engine
         host = ray.util.get_node_ip_address()
         source = TrainerSource(trainer, dtype)
+        self._gpu = trainer.spec.gpu
         self._frees_buffer = backend == "ipc"  # the engine beside it wants the memory for its cache
         info: Any
         with ExitStack() as stack:
             if backend == "ipc":
                 # NCCL refuses two processes on one GPU. Each rank hands its own buffer to the engine beside it.
                 largest = max(math.prod(meta.shape) * meta.dtype.itemsize for meta in source.metadata())
-                size = max(BUCKET_BYTES, largest)  # no parameter may be larger than the buffer
+                size = max(GPU_BUCKET_BYTES, largest)  # no parameter may be larger than the buffer
                 info = IPCTrainerInitInfo(rank=trainer.rank, packed=True, packed_buffer_size_bytes=size)
             elif backend == "nccl":
                 port = stack.enter_context(held_port(host))
-                info = NCCLTrainerInitInfo(host, port, world_size, rank=trainer.rank)
+                info = NCCLTrainerInitInfo(
+                    host,
+                    port,
+                    world_size,
+                    packed=True,
+                    packed_buffer_size_bytes=GPU_BUCKET_BYTES,
+                    rank=trainer.rank,
+                )
             else:
                 info = gloo_transfer.GlooTrainerInitInfo(host, world_size, timeout_s, rank=trainer.rank)
             self._engine = WeightTransferTrainerFactory.trainer_init(
@@ -108,6 +116,9 @@ class WeightSender:
 
     def send(self) -> None:
         """Send every parameter to every engine."""
+        if self._gpu:
+            # vLLM fills buckets on streams of its own, which do not wait for the last optimizer step.
+            torch.cuda.synchronize()
         self._engine.send_weights()
         if self._frees_buffer:
             torch.cuda.empty_cache()

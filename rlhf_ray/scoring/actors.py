@@ -29,6 +29,7 @@ class ModelSpec:
         path: transformers folder or hub name.
         dtype: "fp32" or "bf16".
         token_budget: most tokens of one forward pass.
+        compile: whether torch.compile translates its layers.
     """
 
     path: str
@@ -36,6 +37,7 @@ class ModelSpec:
     token_budget: int
     gpu: bool
     trust_remote_code: bool = False
+    compile: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -58,8 +60,8 @@ class ReferenceActor:
         from rlhf_ray.models.loading import load_causal_lm
 
         spec = self._spec
-        self._model = load_causal_lm(spec.path, spec.dtype, trust_remote_code=spec.trust_remote_code)
-        self._model.to(spec.device).eval()
+        model = load_causal_lm(spec.path, spec.dtype, trust_remote_code=spec.trust_remote_code)
+        self._model = _ready(model, spec)
 
     def score(self, sequences: list[Sequence]) -> list[torch.Tensor]:
         """Log-probability of each target of each sequence, [targets]."""
@@ -101,8 +103,8 @@ class RewardModelActor:
         self._tokenizer = load_tokenizer(spec.path, trust_remote_code=spec.trust_remote_code)
         policy = load_tokenizer(self._policy_tokenizer, trust_remote_code=spec.trust_remote_code)
         self._same_tokens = _tokenize_alike(self._tokenizer, policy)
-        self._model = load_scalar(spec.path, spec.dtype, trust_remote_code=spec.trust_remote_code)
-        self._model.to(spec.device).eval()
+        model = load_scalar(spec.path, spec.dtype, trust_remote_code=spec.trust_remote_code)
+        self._model = _ready(model, spec)
         config = self._model.config
         self._mean = float(getattr(config, "score_mean", 0.0)) if self._normalize else 0.0
         self._std = float(getattr(config, "score_std", 1.0)) if self._normalize else 1.0
@@ -211,6 +213,13 @@ class RewardFunctionActor:
                 "return one for each"
             )
         return scores
+
+
+def _ready(model: Any, spec: ModelSpec) -> Any:
+    """The model where it is to run, for forward passes."""
+    if spec.compile:
+        model.compile_layers()
+    return model.to(spec.device).eval()
 
 
 def _tokenize_alike(one: Any, other: Any) -> bool:

@@ -12,7 +12,7 @@ import ray
 import torch
 from torch import Tensor
 
-from rlhf_ray.config.ppo import PPOConfig, RewardFunctionItem
+from rlhf_ray.config.ppo import PPOConfig, ReferenceSection, RewardFunctionItem, RewardScoringSection
 from rlhf_ray.data.formats import Prompt
 from rlhf_ray.errors import ActorDied, EngineError, RewardError
 from rlhf_ray.models.reading import StateValues
@@ -76,6 +76,17 @@ def reward_names(config: PPOConfig) -> dict[str, float]:
     return names
 
 
+def _model_spec(config: PPOConfig, section: ReferenceSection | RewardScoringSection, path: str) -> ModelSpec:
+    return ModelSpec(
+        on_disk(path),
+        section.dtype,
+        section.micro_batch_tokens,
+        gpu=section.gpus > 0,
+        trust_remote_code=config.policy.trust_remote_code,
+        compile=section.compile,
+    )
+
+
 class Scorer:
     """Reference and reward actors, and the critic's forward pass, behind one call."""
 
@@ -96,15 +107,12 @@ class Scorer:
         self._turn = 0
         self._replacing = threading.Lock()
         reference, reward = config.reference, config.reward
-        trust = config.policy.trust_remote_code
-        spec = ModelSpec(
-            on_disk(config.policy.path), reference.dtype, reference.micro_batch_tokens, reference.gpus > 0, trust
-        )
+        spec = _model_spec(config, reference, config.policy.path)
         self._references = self._replicas("reference", ReferenceActor, spec, config.rollout.temperature)
         names = list(reward_names(config))
         self._models = {}
         for name, item in zip(names, reward.models, strict=False):
-            spec = ModelSpec(on_disk(item.path), reward.dtype, reward.micro_batch_tokens, reward.gpus > 0, trust)
+            spec = _model_spec(config, reward, item.path)
             self._models[name] = self._replicas(
                 "reward",
                 RewardModelActor,

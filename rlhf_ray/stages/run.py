@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # Keys of any section that say where a run is computed and in which pieces, and nothing about its numbers.
 WHERE_AND_HOW = (
     *("processes", "engines", "min_engines", "cpus", "gpus", "tensor_parallel", "nodes_per_engine"),
-    *("zero_stage", "offload_optimizer", "gradient_checkpointing", "micro_batch_tokens"),
+    *("zero_stage", "offload_optimizer", "gradient_checkpointing", "micro_batch_tokens", "attention", "compile"),
     *("max_concurrency", "kv_cache_gib", "gpu_memory_utilization", "vllm"),
 )
 

@@ -329,7 +329,12 @@ def _load(spec: TrainerSpec, config: dict[str, Any]) -> nn.Module:
     # bf16 training keeps fp32 master weights, which DeepSpeed makes from the bf16 ones it trains on.
     model: PackedCausalLM | PackedScalarModel
     if spec.head == "causal":
-        model = load_causal_lm(spec.model, spec.section.dtype, trust_remote_code=spec.trust_remote_code)
+        model = load_causal_lm(
+            spec.model,
+            spec.section.dtype,
+            trust_remote_code=spec.trust_remote_code,
+            attention=spec.section.attention,
+        )
     else:
         model = load_scalar(
             spec.model,
@@ -337,10 +342,13 @@ def _load(spec: TrainerSpec, config: dict[str, Any]) -> nn.Module:
             trust_remote_code=spec.trust_remote_code,
             dropout=spec.dropout,
             seed=spec.seed,
+            attention=spec.section.attention,
         )
     del partitioned_loading
     if spec.section.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    if spec.section.compile:
+        model.compile_layers()
     return model
 
 

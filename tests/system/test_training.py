@@ -215,10 +215,15 @@ def test_bf16_trains_at_each_zero_stage(ranks, make_spec, expected, zero_stage):
         ("policy", {"gradient_checkpointing": True, "zero_stage": 1}),
         ("policy", {"gradient_checkpointing": True, "zero_stage": 3, "micro_batch_tokens": 50}),
         ("value", {"gradient_checkpointing": True, "zero_stage": 3, "micro_batch_tokens": 50}),
+        ("policy", {"compile": True, "gradient_checkpointing": True, "zero_stage": 2, "micro_batch_tokens": 50}),
+        ("value", {"compile": True, "zero_stage": 1}),
     ],
-    ids=["offload-1", "offload-2", "offload-3", "checkpointing-1", "checkpointing-3", "checkpointing-critic"],
+    ids=[
+        *("offload-1", "offload-2", "offload-3", "checkpointing-1", "checkpointing-3", "checkpointing-critic"),
+        *("compiled-checkpointing", "compiled-critic"),
+    ],
 )
-def test_options_that_save_memory_change_no_number(ranks, make_spec, expected, case, options):
+def test_options_that_save_memory_or_time_change_no_number(ranks, make_spec, expected, case, options):
     assert_same(train(ranks(2), make_spec(CASES[case][1], **options, **LINEAR), case), expected(case))
 
 

@@ -158,6 +158,18 @@ from rlhf_ray.config.load import CONFIGS
         ),
         (
             "sft",
+            ["training.zero_stage=3", "training.compile=true"],
+            "training.compile: true with `training.zero_stage` 3, which gathers weights whenever a module is called, "
+            "and compiled layers call none; set the latter to 2 or less, or this to false",
+        ),
+        (
+            "sft",
+            ["training.attention=flash_attention_2"],
+            "training.attention: flash_attention_2 with `training.dtype` fp32, which it does not compute; set the "
+            "latter to bf16",
+        ),
+        (
+            "sft",
             ["group.processes=2", "group.gpus=1.5"],
             "group.gpus: 1.5, but a process drives one GPU at most; set it to 1 and `group.processes` to 3",
         ),

@@ -265,5 +265,6 @@ def test_from_dict_refuses_what_a_change_makes_wrong():
 
 def test_what_the_estimate_takes_from_modules_that_import_torch_or_ray_is_what_they_do():
     assert memory.BUCKET_BYTES == buckets.BUCKET_BYTES
+    assert memory.GPU_BUCKET_BYTES == buckets.GPU_BUCKET_BYTES
     assert memory.CPU_STEP_TOKENS == engine.CPU_STEP_TOKENS
     assert memory.LOGIT_TOKENS == logprobs.CHUNK_TOKENS

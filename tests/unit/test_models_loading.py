@@ -209,3 +209,13 @@ def test_description_needs_no_weights_and_counts_parameters(tmp_path, tie):
 def test_reward_model_is_described_with_its_head(tmp_path):
     facts = describe_model(make_llama(tmp_path / "reward", scalar=True))
     assert facts["architecture"] == "LlamaForSequenceClassification"
+
+
+def test_flash_attention_that_cannot_run_here_is_refused_and_never_chosen(tmp_path):
+    folder = make_llama(tmp_path)
+    with pytest.raises(ModelError, match="needs bf16 and a GPU and the package flash-attn"):
+        load_scalar(folder, "fp32", attention="flash_attention_2")
+    with pytest.raises(ModelError, match=r"needs a GPU and the package flash-attn.*Set it to packed_sdpa, or to auto"):
+        load_causal_lm(folder, "bf16", attention="flash_attention_2")
+    for asked in ("auto", "packed_sdpa"):
+        assert load_causal_lm(folder, "bf16", attention=asked).config._attn_implementation == "packed_sdpa"

@@ -1,5 +1,7 @@
 """Packed forward passes against transformers' own, one sequence at a time."""
 
+import itertools
+
 import pytest
 import torch
 from tiny_models import make_llama
@@ -172,7 +174,8 @@ def test_attention_of_a_sequence_is_bit_equal_whatever_its_neighbours(sliding_wi
     lengths = [3, 9, 1, 17]
     query, key, value = (torch.randn(1, heads, sum(lengths), 32) for heads in (4, 2, 2))
     options = {"sliding_window": sliding_window, "softcap": softcap, "scaling": 0.3}
-    together, _ = packed_sdpa(torch.nn.Module(), query, key, value, None, sequence_lengths=lengths, **options)
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    together, _ = packed_sdpa(torch.nn.Module(), query, key, value, None, sequence_bounds=bounds, **options)
     start = 0
     for length in lengths:
         rows = slice(start, start + length)
@@ -182,7 +185,7 @@ def test_attention_of_a_sequence_is_bit_equal_whatever_its_neighbours(sliding_wi
             key[:, :, rows],
             value[:, :, rows],
             None,
-            sequence_lengths=[length],
+            sequence_bounds=torch.tensor([0, length]),
             **options,
         )
         assert torch.equal(together[:, rows], alone)
@@ -190,12 +193,12 @@ def test_attention_of_a_sequence_is_bit_equal_whatever_its_neighbours(sliding_wi
 
 
 def test_attention_refuses_what_it_does_not_compute():
-    x = torch.randn(1, 2, 4, 32)
+    x, bounds = torch.randn(1, 2, 4, 32), torch.tensor([0, 4])
     with pytest.raises(ModelError, match="s_aux"):
-        packed_sdpa(torch.nn.Module(), x, x, x, None, sequence_lengths=[4], s_aux=torch.zeros(2))
+        packed_sdpa(torch.nn.Module(), x, x, x, None, sequence_bounds=bounds, s_aux=torch.zeros(2))
     with pytest.raises(ModelError, match="an attention mask"):
-        packed_sdpa(torch.nn.Module(), x, x, x, torch.ones(4, 4), sequence_lengths=[4])
-    with pytest.raises(ModelError, match="no sequence lengths"):
+        packed_sdpa(torch.nn.Module(), x, x, x, torch.ones(4, 4), sequence_bounds=bounds)
+    with pytest.raises(ModelError, match="no bounds of sequences"):
         packed_sdpa(torch.nn.Module(), x, x, x, None)
 
 
@@ -207,6 +210,41 @@ def test_registering_twice_changes_nothing():
     register()
     assert dict(ALL_ATTENTION_FUNCTIONS.items()) == before
     assert before["packed_sdpa"] is packed_sdpa
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_the_layers_of_every_architecture_are_found_to_be_compiled(model_type, model_folder):
+    model = load_causal_lm(model_folder(model_type), "fp32")
+    names = [name for name, _ in model.named_parameters()]
+    model.compile_layers()
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    assert len(compiled) == model.config.num_hidden_layers
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_change_neither_logprobs_nor_gradients_nor_values(tmp_path, checkpointing):
+    plain, compiled = (load_causal_lm(make_llama(tmp_path / "causal"), "fp32").train() for _ in range(2))
+    critic, compiled_critic = (load_scalar(make_llama(tmp_path / "scalar", scalar=True), "fp32") for _ in range(2))
+    if checkpointing:
+        compiled.enable_gradient_checkpointing()
+    compiled.compile_layers()
+    compiled_critic.compile_layers()
+    # Another number of sequences, of tokens and a single one are the same graphs.
+    for lengths, recompiled in ((LENGTHS, False), ((5, 20), True), ((17,), True)):
+        with torch._dynamo.config.patch(error_on_recompile=recompiled):
+            batch = batch_of(lengths)
+            found, _ = compiled(*inputs_of(batch), batch.target_index)
+            found.sum().backward()
+            with torch.no_grad():
+                values = compiled_critic.eval()(*inputs_of(batch), batch.last_index)
+        expected, _ = plain(*inputs_of(batch), batch.target_index)
+        expected.sum().backward()
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(values, critic.eval()(*inputs_of(batch), batch.last_index), atol=1e-5, rtol=1e-5)
+    for (name, one), other in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_gradient_checkpointing_changes_neither_logprobs_nor_gradients(tmp_path):
