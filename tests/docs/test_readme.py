@@ -65,7 +65,7 @@ def short_forms(words: list[str]) -> list[list[str]]:
         return [words if words[-1] == "--dry-run" else [*words, "--dry-run"]]
     if words[:2] == ["rlhf-ray", "plan"]:
         return [words]
-    if words[0] == "rlhf-ray" and words[1] in (*OTHERS, *JOBS):
+    if words[0] == "python" or (words[0] == "rlhf-ray" and words[1] in (*OTHERS, *JOBS)):
         return [[*words, "--help"]]
     raise AssertionError(f"no rule says how to run {shlex.join(words)!r}")
 
