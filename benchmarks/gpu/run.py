@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cases import CASES, MODEL, TINY, Case, config_of, headline, obstacle, time_limit
+from cases import CASES, MODEL, TINY, TOTAL_S, Case, config_of, headline, obstacle, time_limit
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -31,8 +31,6 @@ from rlhf_ray.bench import report
 from rlhf_ray.bench.iteration import write_models
 from rlhf_ray.placement.inventory import this_machine
 
-# Of the ten minutes, the rest being for the end of the last case.
-TOTAL_S = 580.0
 # For a case that was asked to end, before it is killed.
 GRACE_S = 5.0
 # Lines of a case's errors that are shown where it fails.

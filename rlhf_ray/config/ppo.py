@@ -46,7 +46,6 @@ class ReferenceSection(ProcessesSection):
 
     dtype: Dtype = Field(default="fp32", description="Precision of the reference model.")
     micro_batch_tokens: int = Field(default=8192, ge=2, description="Most tokens of one forward pass per process.")
-    compile: bool = Field(default=False, description="Whether torch.compile translates the reference model's layers.")
 
 
 class RewardModelItem(Section):
@@ -93,7 +92,6 @@ class RewardScoringSection(ProcessesSection):
     )
     dtype: Dtype = Field(default="fp32", description="Precision of the reward models.")
     micro_batch_tokens: int = Field(default=8192, ge=2, description="Most tokens of one forward pass per process.")
-    compile: bool = Field(default=False, description="Whether torch.compile translates the reward models' layers.")
 
 
 class RolloutSection(Section):

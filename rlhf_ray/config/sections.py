@@ -243,7 +243,7 @@ class TrainingSection(Section):
     )
     compile: bool = Field(
         default=False,
-        description="Whether torch.compile translates the layers of the trained models, during the first steps.",
+        description="Whether torch.compile translates the layers of models, those that score included, in first steps.",
     )
     micro_batch_tokens: int = Field(
         default=8192, ge=2, description="Most tokens of one forward and backward pass per process."

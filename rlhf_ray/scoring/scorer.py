@@ -83,7 +83,7 @@ def _model_spec(config: PPOConfig, section: ReferenceSection | RewardScoringSect
         section.micro_batch_tokens,
         gpu=section.gpus > 0,
         trust_remote_code=config.policy.trust_remote_code,
-        compile=section.compile,
+        compile=config.training.compile,
     )
 
 

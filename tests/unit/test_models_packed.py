@@ -210,6 +210,7 @@ def test_registering_twice_changes_nothing():
     register()
     assert dict(ALL_ATTENTION_FUNCTIONS.items()) == before
     assert before["packed_sdpa"] is packed_sdpa
+    assert before["flash_attention_2"]._torchdynamo_disable
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
