@@ -82,13 +82,13 @@ IPC = (
     *("rollout.gpu_memory_utilization=0.3", CACHE),
 )
 CASES = (
-    Case("rollout with CUDA graphs", "rollout", 90, ALONE),
-    Case("rollout without CUDA graphs", "rollout", 70, (*ALONE, EAGER), (EAGER,)),
-    Case("iteration, all groups on one GPU", "iteration", 130, ONE_GPU, most_gpus=1),
-    Case("iteration, engine and trainers apart", "iteration", 130, TWO_GPUS, (EAGER,), gpus=2),
+    Case("rollout with CUDA graphs", "rollout", 85, ALONE),
+    Case("rollout without CUDA graphs", "rollout", 85, (*ALONE, EAGER), (EAGER,)),
+    Case("iteration, all groups on one GPU", "iteration", 125, ONE_GPU, most_gpus=1),
+    Case("iteration, engine and trainers apart", "iteration", 125, TWO_GPUS, (EAGER,), gpus=2),
     Case("transfer by CUDA IPC", "transfer", 55, IPC),
     Case("transfer between GPUs", "transfer", 50, (*TRAINS, *ALONE), (EAGER,), gpus=2),
-    Case("tensor-parallel engine", "rollout", 80, (*ALONE, "rollout.tensor_parallel=2"), gpus=2, tensor_parallel=2),
+    Case("tensor-parallel engine", "rollout", 75, (*ALONE, "rollout.tensor_parallel=2"), gpus=2, tensor_parallel=2),
     Case("packing, packed_sdpa", "packing", 25, (*TRAINS, "training.attention=packed_sdpa"), ()),
     Case(
         "packing, flash attention",
@@ -110,7 +110,7 @@ def workload(*, cpu: bool) -> IterationWorkload:
 
 def sweep(case: Case, *, cpu: bool) -> Sweep:
     """What is sampled."""
-    prompt, response, count, repeats = (Fixed(8), Fixed(12), 4, 1) if cpu else (Fixed(128), Fixed(256), 128, 2)
+    prompt, response, count, repeats = (Fixed(8), Fixed(12), 4, 1) if cpu else (Fixed(128), Fixed(128), 128, 2)
     return Sweep([1], [case.tensor_parallel], [count], [prompt], [response], count, samples=1, repeats=repeats)
 
 
