@@ -111,7 +111,7 @@ def config_on_models(
         "policy": {"path": policy, "cpus": half},
         "critic": {"init": reward, "cpus": half},
         "reference": {"dtype": dtype},
-        "reward": {"models": [{"path": reward}], "dtype": dtype},
+        "reward": {"models": [{"path": reward}]},
         "rollout": {
             "cpus": cores,
             "dtype": dtype,

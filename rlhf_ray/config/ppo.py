@@ -44,8 +44,10 @@ class CriticSection(ProcessesSection):
 class ReferenceSection(ProcessesSection):
     """The processes that compute reference log-probabilities."""
 
-    dtype: Dtype = Field(default="fp32", description="Precision of the reference model.")
-    micro_batch_tokens: int = Field(default=8192, ge=2, description="Most tokens of one forward pass per process.")
+    dtype: Dtype = Field(default="fp32", description="Precision of the reference model and of reward models.")
+    micro_batch_tokens: int = Field(
+        default=8192, ge=2, description="Most tokens of one forward pass of these models, per process."
+    )
 
 
 class RewardModelItem(Section):
@@ -90,8 +92,6 @@ class RewardScoringSection(ProcessesSection):
     missing_eos_penalty: float = Field(
         default=0.0, ge=0, description="Subtracted from the score of a response cut at its limit."
     )
-    dtype: Dtype = Field(default="fp32", description="Precision of the reward models.")
-    micro_batch_tokens: int = Field(default=8192, ge=2, description="Most tokens of one forward pass per process.")
 
 
 class RolloutSection(Section):
@@ -279,7 +279,6 @@ class PPOStage(Section):
         budgets = {
             "training": self.training.micro_batch_tokens,
             "reference": self.reference.micro_batch_tokens,
-            "reward": self.reward.micro_batch_tokens,
         }
         for name, tokens in budgets.items():
             if tokens < longest:

@@ -80,10 +80,10 @@ def _less_memory(config: StageConfig, group: str) -> Iterator[Change]:
         if rollout.dtype == "fp32":
             yield ("rollout.dtype=bf16",)
     elif isinstance(config, PPOConfig):
-        section = config.reference if group == "reference" else config.reward
-        yield from _halved(f"{group}.micro_batch_tokens", section.micro_batch_tokens, longest_sequence(config))
-        if section.dtype == "fp32":
-            yield (f"{group}.dtype=bf16",)
+        tokens = config.reference.micro_batch_tokens  # both are those of reward models, too
+        yield from _halved("reference.micro_batch_tokens", tokens, longest_sequence(config))
+        if config.reference.dtype == "fp32":
+            yield ("reference.dtype=bf16",)
 
 
 def _more_processes(config: StageConfig, group: str) -> Iterator[Change]:

@@ -114,8 +114,8 @@ def _ppo(config: PPOConfig, gpu_memory_gib: float | None, shapes: Shapes) -> dic
     rewards = [shapes(item.path) for item in config.reward.models]
     known = [shape for shape in rewards if shape is not None]
     if len(known) == len(rewards):
-        reward = config.reward
-        found["reward"] = scorer(known, reward.dtype, reward.micro_batch_tokens, on_gpu=reward.gpus > 0, scalar=True)
+        dtype, tokens, on_gpu = config.reference.dtype, config.reference.micro_batch_tokens, config.reward.gpus > 0
+        found["reward"] = scorer(known, dtype, tokens, on_gpu=on_gpu, scalar=True)
     named = {"policy": policy, "reward": rewards[0] if rewards else None}
     critic = named[config.critic.init] if config.critic.init in named else shapes(config.critic.init)
     if critic is not None:

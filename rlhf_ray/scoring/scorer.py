@@ -12,7 +12,7 @@ import ray
 import torch
 from torch import Tensor
 
-from rlhf_ray.config.ppo import PPOConfig, ReferenceSection, RewardFunctionItem, RewardScoringSection
+from rlhf_ray.config.ppo import PPOConfig, RewardFunctionItem
 from rlhf_ray.data.formats import Prompt
 from rlhf_ray.errors import ActorDied, EngineError, RewardError
 from rlhf_ray.models.reading import StateValues
@@ -76,12 +76,12 @@ def reward_names(config: PPOConfig) -> dict[str, float]:
     return names
 
 
-def _model_spec(config: PPOConfig, section: ReferenceSection | RewardScoringSection, path: str) -> ModelSpec:
+def _model_spec(config: PPOConfig, path: str, gpus: float) -> ModelSpec:
     return ModelSpec(
         on_disk(path),
-        section.dtype,
-        section.micro_batch_tokens,
-        gpu=section.gpus > 0,
+        config.reference.dtype,
+        config.reference.micro_batch_tokens,
+        gpu=gpus > 0,
         trust_remote_code=config.policy.trust_remote_code,
         compile=config.training.compile,
     )
@@ -106,13 +106,13 @@ class Scorer:
         self._patience = patience
         self._turn = 0
         self._replacing = threading.Lock()
-        reference, reward = config.reference, config.reward
-        spec = _model_spec(config, reference, config.policy.path)
+        reward = config.reward
+        spec = _model_spec(config, config.policy.path, config.reference.gpus)
         self._references = self._replicas("reference", ReferenceActor, spec, config.rollout.temperature)
         names = list(reward_names(config))
         self._models = {}
         for name, item in zip(names, reward.models, strict=False):
-            spec = _model_spec(config, reward, item.path)
+            spec = _model_spec(config, item.path, reward.gpus)
             self._models[name] = self._replicas(
                 "reward",
                 RewardModelActor,

@@ -62,7 +62,6 @@ def setup(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             "reference": {"cpus": 0.25, "processes": 2, "micro_batch_tokens": 96},
             "reward": {
                 "cpus": 0.5,
-                "micro_batch_tokens": 96,
                 "normalize": "model",
                 "models": [{"path": reward}, {"path": other, "weight": 0.5}],
                 "functions": [

@@ -312,7 +312,7 @@ def test_a_contradiction_names_the_keys_and_the_change(kind, overrides, message)
         ("ppo", ["ppo.ptx_path=demos.jsonl", "ppo.ptx_coef=0.1"]),
         ("ppo", ["ppo.minibatches=8"]),
         ("ppo", ["critic.warmup_iterations=9", "training.warmup_steps=9"]),
-        ("ppo", ["reward.micro_batch_tokens=1280"]),
+        ("ppo", ["reference.micro_batch_tokens=1280"]),
         ("ppo", ["reward.models=[]", "reward.functions=[{path: 'a:b'}]", "critic.init=policy"]),
         ("ppo", ["rollout.gpus=1", "rollout.tensor_parallel=2", "rollout.kv_cache_gib="]),
         ("ppo", ["policy.gpus=1", "reference.gpus=0.5", "reward.gpus=0"]),
@@ -399,12 +399,12 @@ def test_a_stage_without_a_section_is_refused(name):
         ),
         (
             ["ppo.data.max_tokens=8000"],
-            "3 problems:\n"
+            "2 problems:\n"
             + "\n".join(
                 f"  ppo.{name}.micro_batch_tokens: 8192 cannot hold the longest sequence of 8256 tokens "
                 "(`ppo.data.max_tokens` plus `ppo.rollout.max_new_tokens`); raise it to 8256 or "
                 "lower these"
-                for name in ("training", "reference", "reward")
+                for name in ("training", "reference")
             ),
         ),
         (["stages=[]"], "stages: found [], expected at least one item"),
