@@ -136,6 +136,10 @@ def packed_sdpa(
             f"{PACKED_SDPA} got no bounds of sequences from {type(module).__name__}: call the model through "
             "PackedCausalLM or PackedScalarModel."
         )
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype.itemsize == 2:
+        # PyTorch's backward pass of attention on a CPU takes more than twice as long in half precision.
+        query, key, value = query.float(), key.float(), value.float()
     outputs = []
     lengths = sequence_bounds.diff().tolist()
     pieces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
@@ -155,7 +159,7 @@ def packed_sdpa(
                 enable_gqa=q.shape[1] != k.shape[1],
             )
         outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1).to(dtype), None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf_ray.models.architectures import logit_transform
 from rlhf_ray.models.attention import packing_kwargs
-from rlhf_ray.models.logprobs import token_logprobs
+from rlhf_ray.models.logprobs import kept_tokens, token_logprobs
 
 
 class _PackedModel(nn.Module):
@@ -169,7 +169,8 @@ class _LogprobHead(nn.Module):
     def forward(
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, with_entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return token_logprobs(hidden, self._logits, targets, temperature, with_entropy=with_entropy)
+        kept = kept_tokens(len(self.weight), self.weight.itemsize)
+        return token_logprobs(hidden, self._logits, targets, temperature, kept=kept, with_entropy=with_entropy)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = F.linear(hidden, self.weight, self.bias)

@@ -24,9 +24,12 @@ CPU_ENGINE_GIB = 1.2
 # DeepSpeed's defaults: elements that a reduction collects, and parameters of ZeRO-3 that stay gathered.
 REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
-# Tokens whose logits exist at a time (`models/logprobs.py`), and bytes of a transfer bucket (`rollout/buckets.py`), two
-# of which are under way at a time.
+# Logits (`models/logprobs.py`): tokens for which they are made at a time, bytes that may wait for the backward pass,
+# and tokens for which they are in fp32 at a time.
 LOGIT_TOKENS = 1024
+KEPT_LOGIT_BYTES = 64 * 2**20
+FP32_LOGIT_TOKENS = 128
+# Bytes of a transfer bucket (`rollout/buckets.py`), two of which are under way at a time.
 BUCKET_BYTES = 16 * 2**20
 GPU_BUCKET_BYTES = 64 * 2**20
 # Tokens of one step of vLLM's scheduler: ours on a CPU (`rollout/engine.py`), vLLM's default on a GPU.
@@ -186,14 +189,15 @@ def trainer(
         # Master weights, two moments and the gradient in fp32, as DeepSpeed's own estimators count.
         offloaded = share * 16
         states = update = 0.0
-    forward = _kept(shape, section) + _logits(shape, tokens, b, backward=True, scalar=scalar)
+    kept = _kept(shape, section, on_gpu=on_gpu)
+    forward = kept + _logits(shape, tokens, b, backward=True, scalar=scalar)
     at_update = max(update, 0.0) > forward
     parts = {
         "weights": weights,
         "gradients": gradients,
         "optimizer": states,
         "update": max(update, 0.0) if at_update else 0.0,
-        "activations": 0.0 if at_update else _kept(shape, section),
+        "activations": 0.0 if at_update else kept,
         "logits": 0.0 if at_update else _logits(shape, tokens, b, backward=True, scalar=scalar),
         "buffers": _buckets(p, stage, on_gpu=on_gpu) * b + (_in_transfer(on_gpu) if sends_weights else 0),
         "process": (GPU_PROCESS_GIB if on_gpu else CPU_PROCESS_GIB) * GIB,
@@ -272,25 +276,26 @@ def cache_bytes_per_token(config: PPOConfig, shape: ModelShape) -> float:
     return 2.0 * shape.layers * shape.kv_width * BYTES[config.rollout.dtype] / config.rollout.tensor_parallel
 
 
-def _kept(shape: ModelShape, section: TrainingSection) -> float:
+def _kept(shape: ModelShape, section: TrainingSection, *, on_gpu: bool) -> float:
     """Bytes that one forward pass keeps for its backward pass."""
     tokens = float(section.micro_batch_tokens)
-    layer = tokens * _kept_in_layer(shape, section.dtype)
+    layer = tokens * _kept_in_layer(shape, section.dtype, on_gpu=on_gpu)
     if not section.gradient_checkpointing:
         return shape.layers * layer
     return shape.layers * tokens * shape.hidden * BYTES[section.dtype] + layer
 
 
-def _kept_in_layer(shape: ModelShape, dtype: str) -> float:
+def _kept_in_layer(shape: ModelShape, dtype: str, *, on_gpu: bool) -> float:
     """Bytes a token that one layer keeps: inputs of norms and matrices, of attention and of the activation function.
 
-    In bf16 a norm computes in fp32 and keeps its input so.
+    In bf16 a norm computes in fp32 and keeps its input so, as attention does on a CPU.
     """
     h, a, kv = shape.hidden, shape.attention_width, shape.kv_width
     feed_forward = (4 if shape.gated else 3) * shape.intermediate
     if dtype == "fp32":
         return 4.0 * (6 * h + 3 * a + 2 * kv + feed_forward)
-    return 2.0 * (8 * h + 3 * a + 2 * kv + feed_forward)
+    attention = (3 * a + 2 * kv) if on_gpu else (5 * a + 4 * kv)
+    return 2.0 * (8 * h + attention + feed_forward)
 
 
 def _passing(shape: ModelShape, tokens: int) -> float:
@@ -299,7 +304,10 @@ def _passing(shape: ModelShape, tokens: int) -> float:
 
 
 def _logits(shape: ModelShape, tokens: int, b: int, *, backward: bool, scalar: bool) -> float:
-    """Bytes of the logits that exist at a time: as computed, in fp32, and their log-softmax (and its gradient)."""
+    """Bytes of the logits that exist at a time, and of the block of them that is in fp32, with its softmax."""
     if scalar:
         return 0.0
-    return min(tokens, LOGIT_TOKENS) * float(shape.vocab) * (b + (12 if backward else 8))
+    a_token = float(shape.vocab * b)
+    made = min(tokens, LOGIT_TOKENS) * a_token
+    kept = max(made, min(tokens * a_token, KEPT_LOGIT_BYTES)) if backward else made
+    return kept + min(tokens, FP32_LOGIT_TOKENS) * float(shape.vocab) * 12

@@ -92,17 +92,23 @@ def test_activations_are_those_that_the_layers_keep():
     parts = trainer(SHAPE, tokens, 1, on_gpu=False).parts
     # fp32: 6 hidden + 3 attention + 2 key-value + 4 intermediate = 2600 numbers of 4 bytes, a token and layer.
     assert parts["activations"] == 2 * 10_000 * 2600 * 4
-    assert parts["logits"] == 1024 * 50_000 * 16
+    # Those of 1024 tokens, and of 128 in fp32 thrice.
+    assert parts["logits"] == 1024 * 50_000 * 4 + 128 * 50_000 * 12
     again = trainer(SHAPE, tokens.model_copy(update={"gradient_checkpointing": True}), 1, on_gpu=False).parts
     assert again["activations"] == 10_000 * (2 * 100 * 4 + 2600 * 4)
+    # In bf16 norms keep two hidden vectors in fp32, and on a CPU attention keeps what it read and made so, too.
+    half = tokens.model_copy(update={"dtype": "bf16"})
+    assert trainer(SHAPE, half, 1, on_gpu=True).parts["activations"] == 2 * 10_000 * (2600 + 200) * 2
+    assert trainer(SHAPE, half, 1, on_gpu=False).parts["activations"] == 2 * 10_000 * (2600 + 200 + 300) * 2
     # A scalar head has no logits.
     assert trainer(SHAPE, tokens, 1, on_gpu=False, scalar=True).parts["logits"] == 0.0
 
 
 def test_what_passes_through_a_scorer_is_gone_when_it_makes_its_logits():
     parts = scorer([SHAPE], "fp32", 10_000, on_gpu=True, scalar=False).parts
-    # A token's 3 hidden and 3 intermediate vectors; the last layer's output and logits of 1024 tokens, in fp32 thrice.
-    passing, logits = 10_000 * 1500 * 4, 10_000 * 100 * 4 + 1024 * 50_000 * 12
+    # A token's 3 hidden and 3 intermediate vectors; the last layer's output and logits of 1024 tokens, of 128 in fp32
+    # thrice.
+    passing, logits = 10_000 * 1500 * 4, 10_000 * 100 * 4 + 1024 * 50_000 * 4 + 128 * 50_000 * 12
     assert (parts["activations"], parts["logits"]) == (passing, logits - passing)
     assert parts["weights"] == 40e6
     parts = scorer([SHAPE] * 2, "bf16", 10_000, on_gpu=True, scalar=True).parts
@@ -154,12 +160,12 @@ def test_a_configuration_that_fits_has_no_problem_and_one_that_does_not_names_a_
 
 def test_several_changes_are_named_where_none_is_enough_alone():
     (problem,) = overview(
-        load_config("configs/one_gpu.yaml", ["training.micro_batch_tokens=65536"], "ppo"), box(28)
+        load_config("configs/one_gpu.yaml", ["training.micro_batch_tokens=65536"], "ppo"), box(24)
     ).problems
     named = problem.rpartition("; set ")[2].split(", ")
     assert len(named) > 1
     changes = ["training.micro_batch_tokens=65536", *named]
-    assert overview(load_config("configs/one_gpu.yaml", changes, "ppo"), box(28)).problems == []
+    assert overview(load_config("configs/one_gpu.yaml", changes, "ppo"), box(24)).problems == []
 
 
 def test_an_engine_without_room_for_one_sequence_is_a_problem():
@@ -268,3 +274,5 @@ def test_what_the_estimate_takes_from_modules_that_import_torch_or_ray_is_what_t
     assert memory.GPU_BUCKET_BYTES == buckets.GPU_BUCKET_BYTES
     assert memory.CPU_STEP_TOKENS == engine.CPU_STEP_TOKENS
     assert memory.LOGIT_TOKENS == logprobs.CHUNK_TOKENS
+    assert memory.KEPT_LOGIT_BYTES == logprobs.KEPT_BYTES
+    assert memory.FP32_LOGIT_TOKENS == logprobs.BLOCK_TOKENS

@@ -1,12 +1,14 @@
 """Chunked log-probabilities against the full softmax."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_ray.models.logprobs import token_logprobs
+from rlhf_ray.models import logprobs as logprobs_module
+from rlhf_ray.models.logprobs import CHUNK_TOKENS, kept_tokens, token_logprobs
 
 N, HIDDEN, VOCAB = 50, 16, 211
 
@@ -43,10 +45,11 @@ def test_two_logits_give_the_logprob_and_entropy_worked_out_by_hand():
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 49, 50, 64])
+@pytest.mark.parametrize("kept", [0, 20, N])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_chunks_equal_the_full_log_softmax_with_its_gradients(problem, chunk, temperature):
+def test_chunks_equal_the_full_log_softmax_with_its_gradients(problem, chunk, kept, temperature):
     hidden, lm_head, targets = problem
-    weights = torch.linspace(-1, 1, N)
+    weights, sizes = torch.linspace(-1, 1, N), {"chunk": chunk, "kept": kept}
     full = (lm_head(hidden) / temperature).log_softmax(-1)
     expected = full[torch.arange(N), targets]
     expected_entropy = torch.distributions.Categorical(logits=full).entropy()
@@ -54,11 +57,27 @@ def test_chunks_equal_the_full_log_softmax_with_its_gradients(problem, chunk, te
         (weights * expected + 0.1 * expected_entropy).sum(), (hidden, lm_head.weight)
     )
 
-    logprobs, entropy = token_logprobs(hidden, lm_head, targets, temperature, chunk=chunk, with_entropy=True)
+    logprobs, entropy = token_logprobs(hidden, lm_head, targets, temperature, **sizes, with_entropy=True)
     gradients = torch.autograd.grad((weights * logprobs + 0.1 * entropy).sum(), (hidden, lm_head.weight))
     torch.testing.assert_close(logprobs, expected)
     torch.testing.assert_close(entropy, expected_entropy)
     torch.testing.assert_close(gradients, expected_gradients, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.8, torch.tensor([1.0, 0.5, 2.0, 1.3, 0.7])])
+def test_gradients_equal_finite_differences(monkeypatch, temperature):
+    monkeypatch.setattr(logprobs_module, "BLOCK_TOKENS", 2)
+    torch.manual_seed(0)
+    shapes = (5, 3), (7, 3), (7,)
+    hidden, weight, bias = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    targets = torch.tensor([0, 6, 3, 3, 1])
+
+    def both(*inputs: torch.Tensor):
+        hidden, weight, bias = inputs
+        lm_head = partial(torch.nn.functional.linear, weight=weight, bias=bias)
+        return token_logprobs(hidden, lm_head, targets, temperature, chunk=2, kept=0, with_entropy=True)
+
+    assert torch.autograd.gradcheck(both, (hidden, weight, bias))
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -72,16 +91,30 @@ def test_no_tensor_of_all_tokens_times_the_vocabulary_is_ever_made(problem, grad
     assert largest.elements == chunk * VOCAB
 
 
-def test_one_chunk_of_logits_at_most_is_kept_for_the_backward_pass(problem):
+@pytest.mark.parametrize(("kept", "chunks"), [(0, 0), (4, 0), (5, 1), (12, 2), (N, 10)])
+def test_logits_of_so_many_tokens_at_most_are_kept_for_the_backward_pass(problem, kept, chunks):
     hidden, lm_head, targets = problem
     chunk = 5
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        token_logprobs(hidden, lm_head, targets, chunk=chunk)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        token_logprobs(hidden, lm_head, targets, chunk=chunk, kept=kept)
     weight = lm_head.weight.untyped_storage().data_ptr()
-    logits = {t.untyped_storage().data_ptr(): t.numel() for t in kept if t.shape[-1:] == (VOCAB,)}
+    logits = {t.untyped_storage().data_ptr(): t.numel() for t in saved if t.shape[-1:] == (VOCAB,)}
     logits.pop(weight, None)
-    assert sum(logits.values()) == chunk * VOCAB
+    assert sum(logits.values()) == chunks * chunk * VOCAB
+
+
+def test_a_second_backward_pass_is_refused_where_the_first_has_overwritten_the_logits(problem):
+    hidden, lm_head, targets = problem
+    logprobs, _ = token_logprobs(hidden, lm_head, targets)
+    logprobs.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logprobs.sum().backward()
+
+
+def test_small_vocabularies_keep_more_tokens_and_the_largest_a_chunk():
+    assert kept_tokens(vocab=4096, itemsize=4) == 4096  # 64 MiB
+    assert kept_tokens(vocab=262144, itemsize=2) == CHUNK_TOKENS
 
 
 def test_bf16_logits_are_normalised_in_float32(problem):

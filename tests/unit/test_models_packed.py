@@ -321,6 +321,7 @@ def test_parameters_carry_transformers_names(tmp_path):
 def test_every_module_is_called_once_whatever_the_number_of_targets(tmp_path, monkeypatch, targets):
     # Under ZeRO-3 a call of a module is a collective, so ranks with unequal work must make equal calls.
     monkeypatch.setitem(token_logprobs.__kwdefaults__, "chunk", 4)
+    monkeypatch.setattr("rlhf_ray.models.packed.kept_tokens", lambda *_: 4)
     model = load_causal_lm(make_llama(tmp_path / "model", tie=False), "fp32")
     calls = []
     for name, module in model.named_modules():
