@@ -1,20 +1,18 @@
 """`rlhf-ray bench packing`: what responses of different lengths cost a trainer, beside equal ones."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from rlhf_ray.bench.reserved import reserved
 from rlhf_ray.bench.rollout import spread
 from rlhf_ray.bench.workload import Lengths, describe
 from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.driver.groups import trainer_group
 from rlhf_ray.packing import Sequence
-from rlhf_ray.placement.groups import reserve
-from rlhf_ray.placement.plan import demands, plan_of
-from rlhf_ray.runtime.cluster import connection
+from rlhf_ray.placement.plan import demands
 from rlhf_ray.runtime.patience import patience_of
 from rlhf_ray.training.objectives import PolicyUpdate
 
@@ -48,10 +46,7 @@ def bench_packing(config: PPOConfig, prompt_tokens: int, response: Lengths, repe
     Raises:
         RlhfError: the cluster is too small, or a process failed.
     """
-    logs = Path(config.run.dir + "-bench").absolute()
-    logs.mkdir(parents=True, exist_ok=True)
     patience = patience_of(config.run)
-    plan = plan_of([demand for demand in demands(config) if demand.name in GROUPS], config.placement.of(GROUPS))
     count = config.ppo.prompts_per_iteration
     drawn = response.draw(count, np.random.default_rng(0))
     sides = {"drawn": drawn, "equal": [round(sum(drawn) / count)] * count}
@@ -59,7 +54,7 @@ def bench_packing(config: PPOConfig, prompt_tokens: int, response: Lengths, repe
     tokens = {name: sum(map(len, of_side)) for name, of_side in sequences.items()}
     objective = PolicyUpdate(config.ppo.clip_range, config.rollout.temperature, one_step=True)
     rates: dict[str, list[float]] = {name: [] for name in sides}
-    with connection(config.run.ray_address), reserve(plan, logs) as placement:
+    with reserved(config, [demand for demand in demands(config) if demand.name in GROUPS]) as placement:
         policy = trainer_group(config, placement, "policy", patience)
         try:
             policy.start().result()

@@ -7,21 +7,21 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import ray
 
 from rlhf_ray.bench.bare import BareEngine
+from rlhf_ray.bench.reserved import reserved
 from rlhf_ray.bench.workload import Lengths, Workload, describe, make_workload
 from rlhf_ray.config.load import changed
 from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.driver.groups import engine_spec
 from rlhf_ray.errors import EngineError
 from rlhf_ray.models.loading import load_config
-from rlhf_ray.placement.groups import Placement, reserve
-from rlhf_ray.placement.plan import GroupDemand, demands, plan_of
+from rlhf_ray.placement.groups import Placement
+from rlhf_ray.placement.plan import GroupDemand, demands
 from rlhf_ray.rollout.engine import EngineSpec, SampleRequest
 from rlhf_ray.rollout.options import check_options
 from rlhf_ray.rollout.pool import RolloutPool, sampling_seed
@@ -133,8 +133,6 @@ def bench_rollout(config: PPOConfig, sweep: Sweep) -> Iterator[dict[str, Any]]:
     check_options(config.rollout.vllm, gpu=config.rollout.gpus > 0)
     check_context(config.policy.path, sweep.largest, "prompt and response", config.policy.trust_remote_code)
     vocabulary = load_config(config.policy.path, trust_remote_code=config.policy.trust_remote_code).vocab_size
-    logs = Path(config.run.dir + "-bench").absolute()
-    logs.mkdir(parents=True, exist_ok=True)
     with connection(config.run.ray_address):
         for tensor_parallel, engines, concurrency in itertools.product(
             sweep.tensor_parallel, sweep.engines, sweep.concurrency
@@ -148,12 +146,12 @@ def bench_rollout(config: PPOConfig, sweep: Sweep) -> Iterator[dict[str, Any]]:
             assert isinstance(one, PPOConfig)
             spec = replace(engine_spec(one, eos_token_ids=()), max_model_len=sweep.largest, statistics=True)
             (demand,) = (demand for demand in demands(one) if demand.name == "rollout")
-            for row in _measure(one, replace(demand, processes=engines), spec, sweep, vocabulary, logs):
+            for row in _measure(one, replace(demand, processes=engines), spec, sweep, vocabulary):
                 yield {**chosen, **row}
 
 
 def _measure(
-    config: PPOConfig, demand: GroupDemand, spec: EngineSpec, sweep: Sweep, vocabulary: int, logs: Path
+    config: PPOConfig, demand: GroupDemand, spec: EngineSpec, sweep: Sweep, vocabulary: int
 ) -> Iterator[dict[str, Any]]:
     """All lengths on one set of engines."""
     cells = list(itertools.product(sweep.prompts, sweep.responses))
@@ -164,7 +162,7 @@ def _measure(
         return [make_workload(*cells[index], sweep.num_prompts, sweep.samples, vocabulary, seed) for seed in seeds]
 
     turns_of_cell = sweep.repeats + 1
-    with reserve(plan_of([demand], config.placement.of(("rollout",))), logs) as placement:
+    with reserved(config, [demand]) as placement:
         sides: dict[str, AbstractContextManager[Side]] = {
             "system": _system(config, spec, placement),
             "bare": _bare(config, spec, placement, demand.processes),

@@ -1,23 +1,23 @@
 """`rlhf-ray bench transfer`: how long new weights take to reach the engines, beside one copy of the same bytes."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
+from rlhf_ray.bench.reserved import reserved
 from rlhf_ray.bench.rollout import spread
 from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.driver.groups import engine_spec, trainer_group
 from rlhf_ray.driver.turns import Turns
 from rlhf_ray.errors import ModelError
-from rlhf_ray.placement.groups import reserve
 from rlhf_ray.placement.memory import BYTES
-from rlhf_ray.placement.plan import demands, plan_of
+from rlhf_ray.placement.plan import demands
 from rlhf_ray.placement.shapes import find_shape
+from rlhf_ray.rollout.options import check_options
 from rlhf_ray.rollout.pool import RolloutPool
-from rlhf_ray.runtime.cluster import actor_environment, connection
+from rlhf_ray.runtime.cluster import actor_environment
 from rlhf_ray.runtime.patience import patience_of
 from rlhf_ray.runtime.remote import get
 
@@ -60,14 +60,12 @@ def bench_transfer(config: PPOConfig, repeats: int) -> dict[str, Any]:
         Parameters, bytes on the wire, seconds of a transfer and of a copy, and their ratio, with median and spread.
 
     Raises:
-        RlhfError: the cluster is too small, or a process failed.
+        RlhfError: vLLM has no such option, the cluster is too small, or a process failed.
     """
-    logs = Path(config.run.dir + "-bench").absolute()
-    logs.mkdir(parents=True, exist_ok=True)
+    check_options(config.rollout.vllm, gpu=config.rollout.gpus > 0)
     patience = patience_of(config.run)
-    plan = plan_of([demand for demand in demands(config) if demand.name in GROUPS], config.placement.of(GROUPS))
     transfers, copies = [], []
-    with connection(config.run.ray_address), reserve(plan, logs) as placement:
+    with reserved(config, [demand for demand in demands(config) if demand.name in GROUPS]) as placement:
         # Beside the GPUs of the policy and the engines, which are reserved whole: Ray hides none from it.
         environment = {"env_vars": actor_environment(config.policy.cpus, config.policy.gpus)}
         actor_class: Any = ray.remote(Copier)

@@ -4,7 +4,7 @@ Sender and receiver compute the same cut from the same metadata, so only bytes t
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ BUCKET_BYTES = 16 * 2**20
 # Between GPUs, where 16 MiB travel in less time than vLLM takes to begin to load them. Two of these are under way at a
 # time, beside what an engine has of its GPU already.
 GPU_BUCKET_BYTES = 64 * 2**20
+
+ALIGNMENT = 64  # bytes: a line of the cache
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,34 @@ def plan_buckets(specs: Sequence[TensorSpec], bucket_bytes: int = BUCKET_BYTES) 
     return buckets
 
 
+def size_of(bucket: Sequence[TensorSpec]) -> int:
+    """Bytes of a bucket."""
+    return sum(spec.num_bytes for spec in bucket)
+
+
+def largest_of(buckets: Sequence[Sequence[TensorSpec]]) -> int:
+    """Bytes that hold any of them, and keep one beside another aligned."""
+    return -(-max(map(size_of, buckets), default=0) // ALIGNMENT) * ALIGNMENT or ALIGNMENT
+
+
 def fill_buckets(
-    tensors: Iterable[tuple[str, torch.Tensor]], buckets: Sequence[Sequence[TensorSpec]]
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    buckets: Sequence[Sequence[TensorSpec]],
+    room: Callable[[int], torch.Tensor],
 ) -> Iterator[torch.Tensor]:
     """Yield each bucket as one flat uint8 tensor, filled from `tensors` in the order of the plan.
+
+    Args:
+        tensors: as planned.
+        buckets: the plan.
+        room: where to put the bucket of this number: uint8, at least as long.
 
     Raises:
         ValueError: a tensor differs from the plan in name, type or shape; the receiver would cut it differently.
     """
     stream = iter(tensors)
-    for bucket in buckets:
-        flat = torch.empty(sum(spec.num_bytes for spec in bucket), dtype=torch.uint8)
+    for index, bucket in enumerate(buckets):
+        flat = room(index)[: size_of(bucket)]
         offset = 0
         for spec in bucket:
             name, tensor = next(stream)

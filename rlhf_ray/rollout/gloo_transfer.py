@@ -1,10 +1,13 @@
-"""Weight transfer over gloo: the engine of vLLM's weight-transfer interface for workers without a GPU.
+"""The engine of vLLM's weight-transfer interface for workers without a GPU: over shared memory and gloo.
 
-vLLM's own backends need CUDA. This one registers as `gloo` on both sides of the same interface: the sender
-(trainer rank 0) and all engine workers form one gloo group of their own, and every bucket of parameters is one
-broadcast. The sender listens on a port that the operating system chose, so nothing can take it in between.
+vLLM's own backends need CUDA. This one registers as `gloo` on both sides of the same interface. The sender (trainer
+rank 0) shares its buckets with the workers on its own host (`shared_buckets.py`); with those on other hosts it forms a
+gloo group, and every bucket is one broadcast. Either may be empty. Which worker is where, each finds out by trying. The
+sender listens on a port that the operating system chose, so nothing can take it in between.
 """
 
+import json
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -24,14 +27,19 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-from rlhf_ray.rollout.buckets import BUCKET_BYTES, TensorSpec, fill_buckets, plan_buckets, read_bucket
+from rlhf_ray.rollout.buckets import BUCKET_BYTES, TensorSpec, fill_buckets, largest_of, plan_buckets, size_of
+from rlhf_ray.rollout.shared_buckets import SLOTS, Buffers, SharingSender, SharingWorker
 
 BACKEND = "gloo"
 
 
 @dataclass(kw_only=True)
 class GlooInitInfo(WeightTransferInitInfo):
-    """Where the sender listens and which rank this engine's first worker takes."""
+    """Where the sender listens and which rank this engine's first worker takes.
+
+    Attributes:
+        memory: name under which workers on the sender's host are handed its buckets.
+    """
 
     master_address: str
     master_port: int
@@ -39,6 +47,7 @@ class GlooInitInfo(WeightTransferInitInfo):
     world_size: int
     timeout_s: float
     bucket_bytes: int
+    memory: str
 
 
 @dataclass
@@ -57,8 +66,13 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
         ]
 
 
-def _join_group(store: TCPStore, rank: int, info: GlooInitInfo) -> ProcessGroupGloo:
-    return ProcessGroupGloo(PrefixStore("weights", store), rank, info.world_size, timedelta(seconds=info.timeout_s))
+def _join_group(store: TCPStore, rank: int, members: int, timeout_s: float) -> ProcessGroupGloo:
+    return ProcessGroupGloo(PrefixStore("weights", store), rank, members, timedelta(seconds=timeout_s))
+
+
+def _place_of(rank: int) -> str:
+    """Key under which a worker leaves whether it reached the sender's memory."""
+    return f"place/{rank}"
 
 
 def _broadcast(group: Any, flat: torch.Tensor) -> Any:
@@ -67,17 +81,20 @@ def _broadcast(group: Any, flat: torch.Tensor) -> Any:
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """Worker side: receives buckets and loads them through vLLM's layerwise reload."""
+    """Worker side: receives buckets and loads them."""
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
 
-    _group: ProcessGroupGloo | None = None
+    _group: ProcessGroupGloo | None = None  # on another host than the sender
+    _shared: SharingWorker | None = None  # on the same
     _store: TCPStore | None = None
     _bucket_bytes: int = BUCKET_BYTES
+    _loading: Any = None  # of the transfer under way
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        """Join the sender's group; the group of an earlier trainer is dropped."""
+        """Join the sender; the connection to an earlier one is dropped."""
+        self.shutdown()
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
         self._bucket_bytes = init_info.bucket_bytes
@@ -87,28 +104,42 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             is_master=False,
             timeout=timedelta(seconds=init_info.timeout_s),
         )
-        self._group = _join_group(self._store, rank, init_info)
+        try:
+            self._shared = SharingWorker(init_info.memory, init_info.timeout_s)
+        except OSError:
+            self._store.set(_place_of(rank), "elsewhere")
+            others = json.loads(self._store.get("elsewhere"))
+            self._group = _join_group(self._store, 1 + others.index(rank), 1 + len(others), init_info.timeout_s)
+        else:
+            self._store.set(_place_of(rank), "here")
+            self._shared.open()
 
     def start_weight_update(self) -> None:
-        """Open vLLM's layerwise reload; the old weights stay until each layer is complete."""
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+        """Open the model for new weights."""
+        from rlhf_ray.rollout.loading import begin_loading
 
-        initialize_layerwise_reload(self.model)
+        if self._loading is not None:
+            self._loading.abandon()
+        self._loading = begin_loading(self.model, self.model_config)
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        """Take part in one broadcast a bucket and hand the tensors to the model's own loader."""
-        if self._group is None:
+        """Load every bucket as it comes."""
+        buckets = plan_buckets(update_info.specs(), self._bucket_bytes)
+        if self._shared is not None:
+            for memory, bucket in zip(self._shared.buckets(len(buckets)), buckets, strict=True):
+                self._loading.load(memory[: size_of(bucket)], bucket)
+        elif self._group is not None:
+            for flat, bucket in self._received(buckets):
+                self._loading.load(flat, bucket)
+        else:
             raise RuntimeError("weight transfer: the trainer has not connected to this engine")
-        load_weights: Any = self.model.load_weights
-        for flat, bucket in self._received(plan_buckets(update_info.specs(), self._bucket_bytes)):
-            load_weights(read_bucket(flat, bucket))
 
     def _received(self, buckets: list[list[TensorSpec]]) -> Iterator[tuple[torch.Tensor, list[TensorSpec]]]:
         """Each bucket with its bytes, while the next one is on its way."""
+        buffers = Buffers.private(largest_of(buckets))
         arriving = None
-        for bucket in buckets:
-            # A fresh buffer each time: the layerwise reload keeps views until a layer is complete.
-            flat = torch.empty(sum(spec.num_bytes for spec in bucket), dtype=torch.uint8)
+        for index, bucket in enumerate(buckets):
+            flat = buffers.of(index)[: size_of(bucket)]
             before, arriving = arriving, (_broadcast(self._group, flat), flat, bucket)
             if before is not None:
                 before[0].wait()
@@ -118,19 +149,15 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             yield arriving[1:]
 
     def finish_weight_update(self) -> None:
-        """Close the layerwise reload, and repack a tied output layer."""
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        finalize_layerwise_reload(self.model, self.model_config)
-        # vLLM packs linear weights on CPU; with tied embeddings the reload leaves the packed copy behind
-        # the output layer as it was, and its logits stay those of the old weights.
-        head = getattr(self.model, "lm_head", None)
-        method = getattr(head, "quant_method", None)
-        if head is not None and method is not None and getattr(head, "weight", None) is not None:
-            method.process_weights_after_loading(head)
+        """Close the model again."""
+        self._loading.finish()
+        self._loading = None
 
     def shutdown(self) -> None:
-        """Leave the group."""
+        """Leave the sender."""
+        if self._shared is not None:
+            self._shared.close()
+        self._shared = None
         self._group = None
         self._store = None
 
@@ -148,11 +175,12 @@ class GlooTrainerInitInfo(TrainerInitInfo):
 
 
 class GlooTrainerTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
-    """Trainer side: gathers on every rank, broadcasts from rank 0, drives the engines' update."""
+    """Trainer side: gathers on every rank, sends from rank 0, drives the engines' update."""
 
     init_info_cls = GlooTrainerInitInfo
 
-    _group: ProcessGroupGloo | None = None
+    _group: ProcessGroupGloo | None = None  # with workers on other hosts
+    _shared: SharingSender | None = None
     _store: TCPStore | None = None
     _bucket_bytes: int = BUCKET_BYTES
 
@@ -169,7 +197,8 @@ class GlooTrainerTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]
         engine._bucket_bytes = init_info.bucket_bytes
         if not engine.is_sender:
             return engine
-        engine._store = TCPStore(
+        shared = SharingSender(largest_of(plan_buckets(engine._specs(), init_info.bucket_bytes)), init_info.timeout_s)
+        store = TCPStore(
             init_info.master_address,
             0,
             is_master=True,
@@ -178,45 +207,100 @@ class GlooTrainerTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]
         )
         worker_info = GlooInitInfo(
             master_address=init_info.master_address,
-            master_port=engine._store.port,
+            master_port=store.port,
             rank_offset=1,
             world_size=init_info.world_size,
             timeout_s=init_info.timeout_s,
             bucket_bytes=init_info.bucket_bytes,
+            memory=shared.name,
         )
         with _beside(client.init_weight_transfer_engine, asdict(worker_info)):
-            engine._group = _join_group(engine._store, 0, worker_info)
+            ranks = range(1, init_info.world_size)
+            elsewhere = [rank for rank in ranks if store.get(_place_of(rank)) == b"elsewhere"]
+            shared.admit(len(ranks) - len(elsewhere))
+            store.set("elsewhere", json.dumps(elsewhere))
+            if elsewhere:
+                engine._group = _join_group(store, 0, 1 + len(elsewhere), init_info.timeout_s)
+        engine._store, engine._shared = store, shared
         return engine
 
-    def send_weights(self) -> None:
-        """Send every parameter of the source once. All trainer ranks call it; the caller commits the version."""
+    def _specs(self) -> list[TensorSpec]:
         assert self.source is not None
-        specs = [TensorSpec(m.name, m.dtype, m.shape) for m in self.source.metadata()]
+        return [TensorSpec(m.name, m.dtype, m.shape) for m in self.source.metadata()]
+
+    def send_weights(self) -> None:
+        """Send every parameter of the source once. All trainer ranks call it; the caller commits the version.
+
+        Where it fails the connections are in the middle of something, and end.
+        """
+        assert self.source is not None
         if not self.is_sender:
             for _ in self.source:  # takes part in the gathering of partitioned parameters
                 pass
             return
-        assert self._group is not None
+        try:
+            self._send(self._specs())
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def _send(self, specs: list[TensorSpec]) -> None:
+        assert self.source is not None
+        if self._shared is None:
+            raise RuntimeError("weight transfer: not connected to the engines")
         update = GlooUpdateInfo(
             names=[s.name for s in specs],
             dtype_names=[str(s.dtype).removeprefix("torch.") for s in specs],
             shapes=[list(s.shape) for s in specs],
         )
-        self.client.start_weight_update()
-        with _beside(self.client.update_weights, asdict(update)):
-            sending = None
-            for flat in fill_buckets(self.source, plan_buckets(specs, self._bucket_bytes)):
-                if sending is not None:
-                    sending.wait()
-                sending = _broadcast(self._group, flat)  # while the next one is filled
-            if sending is not None:
-                sending.wait()
+        # The first buckets are filled while the engines stop.
+        with _beside(self._receive, asdict(update)):
+            outgoing = _Outgoing(self._shared, self._group)
+            for flat in fill_buckets(self.source, plan_buckets(specs, self._bucket_bytes), outgoing.room):
+                outgoing.send(flat)
+            outgoing.wait()
         self.client.finish_weight_update()
 
+    def _receive(self, update: dict[str, Any]) -> None:
+        self.client.start_weight_update()
+        self.client.update_weights(update)
+
     def shutdown(self) -> None:
-        """Drop the group and stop listening."""
+        """Drop the connections and stop listening."""
+        if self._shared is not None:
+            self._shared.close()
+        self._shared = None
         self._group = None
         self._store = None
+
+
+class _Outgoing:
+    """The buckets of one transfer that are on their way to the workers, at most `SLOTS` at a time."""
+
+    def __init__(self, shared: SharingSender, group: ProcessGroupGloo | None) -> None:
+        self._shared, self._group = shared, group
+        self._under_way: deque[Any] = deque()
+
+    def room(self, index: int) -> torch.Tensor:
+        """The memory of the next bucket, once nobody reads what was there."""
+        if len(self._under_way) == SLOTS:
+            self._wait_for_oldest()
+        return self._shared.buffers.of(index)
+
+    def send(self, flat: torch.Tensor) -> None:
+        self._shared.offer()
+        self._under_way.append(_broadcast(self._group, flat) if self._group is not None else None)
+
+    def wait(self) -> None:
+        """Until all have arrived."""
+        while self._under_way:
+            self._wait_for_oldest()
+
+    def _wait_for_oldest(self) -> None:
+        sending = self._under_way.popleft()
+        if sending is not None:
+            sending.wait()
+        self._shared.wait_until_read()
 
 
 class _beside:

@@ -191,7 +191,9 @@ class RolloutPool:
         self._on_all("announce", version)
         if self._spec.sleeps:
             self._on_all("wake", "weights")
+        connected, self._connected = self._connected, []  # a transfer that fails ends its connections
         trainer.send_weights(version).result()
+        self._connected = connected
         if self._spec.sleeps:
             self._on_all("wake", "kv_cache")
         ids = torch.tensor(list(probe_ids))

@@ -107,9 +107,15 @@ def running(
     tensor_parallel: int = 1,
     nodes: int = 1,
     prepare: Callable[[Any], None] | None = None,
+    apart: tuple[int, ...] = (),
+    dtype: str = "float32",
     **training: Any,
 ) -> Iterator[World]:
-    """A world, not yet transferred. `prepare` runs in the trainer's processes before they connect."""
+    """A world, not yet transferred.
+
+    `prepare` runs in the trainer's processes before they connect; engines that are `apart` reach the trainer's memory
+    as little as those on another host.
+    """
     parts = engines * nodes
     plan = Plan(
         [{"CPU": 0.5}] * (parts + ranks),
@@ -118,7 +124,7 @@ def running(
     )
     engine = EngineSpec(
         model=model,
-        dtype="float32",
+        dtype=dtype,
         max_model_len=MAX_MODEL_LEN,
         eos_token_ids=(EOS,),
         tensor_parallel=tensor_parallel,
@@ -143,6 +149,7 @@ def running(
             world = World(trainer, pool, None)
             if prepare:
                 world.on_trainer(prepare)
+            ray.get([pool.engines[rank].__ray_call__.remote(move_away) for rank in apart], timeout=TIMEOUT_S)
             pool.connect(trainer)
             world.refusal = refusal_of(pool)
             yield world
@@ -151,11 +158,37 @@ def running(
             trainer.stop()
 
 
+def use_small_buckets(actor: Any) -> None:
+    """Buckets of 4 KiB in a trainer's process."""
+    from rlhf_ray.rollout import gloo_transfer
+
+    gloo_transfer.GlooTrainerInitInfo = functools.partial(gloo_transfer.GlooTrainerInitInfo, bucket_bytes=SMALL_BUCKET)
+
+
+def move_away(actor: Any) -> None:
+    """Have an engine, which runs vLLM in its own process, look for the trainer's memory where it is not."""
+    from rlhf_ray.rollout import gloo_transfer
+
+    worker = gloo_transfer.SharingWorker
+    gloo_transfer.SharingWorker = lambda name, timeout_s: worker(f"not-{name}", timeout_s)
+
+
+def ways_of(world: World) -> tuple[int, int]:
+    """Workers that share the trainer's memory, and those that it reaches over gloo."""
+
+    def count(actor: Any) -> tuple[int, int]:
+        engine = actor._sender._engine
+        return len(engine._shared._workers), engine._group.size() - 1 if engine._group else 0
+
+    return world.on_trainer(count)[0]
+
+
 @pytest.fixture(scope="module")
 def tied(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """Two engines and one trainer rank, of a model whose embeddings are tied."""
+    """Two engines and one trainer rank, of a model whose embeddings are tied, sent in buckets of 4 KiB; one engine
+    is as on another host."""
     folder = tmp_path_factory.mktemp("tied")
-    with running(make_llama(folder / "model"), folder, engines=2) as world:
+    with running(make_llama(folder / "model"), folder, engines=2, apart=(1,), prepare=use_small_buckets) as world:
         world.train()
         world.transfer()
         yield world
@@ -166,14 +199,6 @@ def partitioned(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> 
     """One engine of two tensor-parallel workers, split as over two nodes, and two ranks of ZeRO-3, of a model with
     untied embeddings, sent in buckets of 4 KiB."""
     folder = tmp_path_factory.mktemp("partitioned")
-
-    def use_small_buckets(actor: Any) -> None:
-        from rlhf_ray.rollout import gloo_transfer
-
-        gloo_transfer.GlooTrainerInitInfo = functools.partial(
-            gloo_transfer.GlooTrainerInitInfo, bucket_bytes=SMALL_BUCKET
-        )
-
     model = make_llama(folder / "model", tie=False)
     with running(model, folder, ranks=2, tensor_parallel=2, nodes=2, prepare=use_small_buckets, zero_stage=3) as world:
         world.train()
@@ -241,10 +266,12 @@ def test_a_new_engine_refuses_to_generate_before_a_committed_transfer(name: str,
 
 
 def test_logprobs_equal_the_trainers_after_every_transfer_with_tied_embeddings(tied: World):
+    assert ways_of(tied) == (1, 1)
     assert_sampled_from_the_trainers_weights(tied)
 
 
 def test_logprobs_equal_the_trainers_with_zero_3_untied_embeddings_and_many_buckets(partitioned: World):
+    assert ways_of(partitioned) == (2, 0)
     assert_sampled_from_the_trainers_weights(partitioned)
 
     def buckets_of(actor: Any) -> int:
@@ -279,6 +306,36 @@ def test_a_corrupted_transfer_raises_and_the_engines_serve_nothing_until_a_good_
     assert isinstance(refusal_of(tied.pool), EngineError)
     tied.transfer()
     trajectories = tied.sample(requests_of(2))
+    assert largest_difference(trajectories, tied.trainer_logprobs(trajectories)) < TOLERANCE
+
+
+def test_a_transfer_that_breaks_off_leaves_engines_that_serve_nothing_until_a_whole_one(tied: World):
+    def break_off(actor: Any) -> None:
+        trainer = actor.trainer
+
+        def parameters(dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+            # Ends within a layer, of which the engines hold a part then.
+            for name, data in type(trainer).parameters_in_full(trainer, dtype):
+                if name.endswith("layers.1.self_attn.v_proj.weight"):
+                    raise RuntimeError("the source broke")
+                yield name, data
+
+        trainer.parameters_in_full = parameters
+
+    def mend(actor: Any) -> None:
+        del actor.trainer.parameters_in_full
+
+    tied.on_trainer(break_off)
+    try:
+        with pytest.raises(EngineError, match="the source broke"):
+            tied.transfer()
+    finally:
+        tied.on_trainer(mend)
+    assert isinstance(refusal_of(tied.pool), EngineError)
+    tied.train()
+    tied.transfer()
+    assert ways_of(tied) == (1, 1)
+    trajectories = tied.sample(requests_of(4))
     assert largest_difference(trajectories, tied.trainer_logprobs(trajectories)) < TOLERANCE
 
 

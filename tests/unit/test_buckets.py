@@ -3,11 +3,15 @@
 import pytest
 import torch
 
-from rlhf_ray.rollout.buckets import TensorSpec, fill_buckets, plan_buckets, read_bucket
+from rlhf_ray.rollout.buckets import TensorSpec, fill_buckets, largest_of, plan_buckets, read_bucket, size_of
 
 
 def spec(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> TensorSpec:
     return TensorSpec(name, dtype, shape)
+
+
+def room(_: int) -> torch.Tensor:
+    return torch.empty(4096, dtype=torch.uint8)
 
 
 def test_bytes_on_the_wire_follow_shape_and_type():
@@ -30,7 +34,14 @@ def test_a_parameter_larger_than_a_bucket_travels_alone():
 
 def test_no_parameters_make_no_buckets():
     assert plan_buckets([], 16) == []
-    assert list(fill_buckets([], [])) == []
+    assert list(fill_buckets([], [], room)) == []
+
+
+def test_the_largest_bucket_says_how_much_memory_holds_any_of_them_side_by_side():
+    plan = plan_buckets([spec("a", 1), spec("large", 100), spec("b", 16)], 16)
+    assert list(map(size_of, plan)) == [4, 400, 64]
+    assert largest_of(plan) == 448  # whole lines of 64 bytes
+    assert largest_of(plan[2:]) == 64
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 24, 64, 10**6])
@@ -50,7 +61,7 @@ def test_every_tensor_arrives_bit_for_bit_and_in_order_whatever_the_size(bucket_
     plan = plan_buckets([TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in tensors], bucket_bytes)
     received = [
         pair
-        for flat, bucket in zip(fill_buckets(tensors, plan), plan, strict=True)
+        for flat, bucket in zip(fill_buckets(tensors, plan, room), plan, strict=True)
         for pair in read_bucket(flat, bucket)
     ]
     assert [name for name, _ in received] == [name for name, _ in tensors]
@@ -62,7 +73,7 @@ def test_every_tensor_arrives_bit_for_bit_and_in_order_whatever_the_size(bucket_
 def test_a_non_contiguous_tensor_arrives_as_it_looks():
     tensor = torch.arange(6.0).view(2, 3).T
     plan = plan_buckets([spec("t", 3, 2)])
-    (flat,) = fill_buckets([("t", tensor)], plan)
+    (flat,) = fill_buckets([("t", tensor)], plan, room)
     assert read_bucket(flat, plan[0])[0][1].tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
 
 
@@ -74,4 +85,4 @@ def test_a_non_contiguous_tensor_arrives_as_it_looks():
 def test_a_tensor_that_is_not_the_planned_one_is_refused(name: str, tensor: torch.Tensor):
     plan = plan_buckets([spec("a", 4)])
     with pytest.raises(ValueError, match=r"planned .*name='a'.*the trainer yielded"):
-        list(fill_buckets([(name, tensor)], plan))
+        list(fill_buckets([(name, tensor)], plan, room))
