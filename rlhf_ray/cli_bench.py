@@ -58,6 +58,7 @@ def rollout(
     from rich.console import Console
 
     from rlhf_ray.bench import report
+    from rlhf_ray.bench.cells import as_values, rollout_cells
     from rlhf_ray.bench.rollout import Sweep, bench_rollout
     from rlhf_ray.bench.workload import parse_lengths
 
@@ -97,7 +98,8 @@ def rollout(
                 "samples": samples,
                 "repeats": repeats,
             }
-            report.write(out, {"benchmark": "rollout", **found, **settings, "rows": rows})
+            cells = as_values(rollout_cells(loaded, rows))
+            report.write(out, {"benchmark": "rollout", **found, **settings, "rows": rows, "cells": cells})
     if recommend is not None:
         best = report.recommend(rows, recommend)
         keys = ("engines", "tensor_parallel", "max_concurrency")
@@ -134,13 +136,16 @@ def transfer(
 ) -> None:
     """Send the policy's weights to the engines, beside one copy of the same bytes in memory."""
     from rlhf_ray.bench import report
+    from rlhf_ray.bench.cells import as_values, transfer_cells
     from rlhf_ray.bench.transfer import bench_transfer
 
     with _measured(config, overrides or [], workload, dtype, repeats) as (loaded, found, _):
         row = bench_transfer(loaded, repeats)
         typer.echo(report.transfer_lines(row))
         if out is not None:
-            report.write(out, {"benchmark": "transfer", **found, **row})
+            report.write(
+                out, {"benchmark": "transfer", **found, **row, "cells": as_values(transfer_cells(loaded, row))}
+            )
 
 
 @bench.command()

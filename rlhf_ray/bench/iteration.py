@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_ray.bench.bare_work import bare_work
+from rlhf_ray.bench.cells import as_values, engine_cells, run_cells
 from rlhf_ray.bench.random_models import SMALL_LLAMA, write_llama
 from rlhf_ray.bench.rollout import spread
 from rlhf_ray.bench.workload import Fixed, Lengths, LogNormal, Workload, make_workload
@@ -25,9 +26,11 @@ from rlhf_ray.driver.groups import running_groups
 from rlhf_ray.driver.ppo import PPOLoop
 from rlhf_ray.driver.rollouts import Rollouts
 from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.placement.cells import Cell
+from rlhf_ray.placement.speeds import Samples
 from rlhf_ray.rollout.engine import SampleRequest
 from rlhf_ray.stages.run import open_run
-from rlhf_ray.tracking.timeline import cut, iterations, nobody_busy, read_timeline
+from rlhf_ray.tracking.timeline import Timeline, cut, iterations, nobody_busy, read_timeline
 
 logger = logging.getLogger(__name__)
 
@@ -148,13 +151,13 @@ def bench_iteration(config: PPOConfig, workload: IterationWorkload) -> dict[str,
     requests = workload.requests(seed=0)
     if not config.ppo.max_staleness:
         if config.rollout.gpus:  # which have no room for both at a time
-            rows = _system(config, requests)
+            rows, cells = run_system(config, requests)
             with bare_work(config, requests, workload.prompt_tokens) as bare:
                 for _ in range(config.ppo.iterations):
                     bare.measure()
         else:
             with bare_work(config, requests, workload.prompt_tokens) as bare:
-                rows = _system(config, requests, bare.measure)
+                rows, cells = run_system(config, requests, bare.measure)
         parts = {name: seconds[1:] for name, seconds in bare.seconds.items()}
         total = [sum(of_turn) for of_turn in zip(*parts.values(), strict=True)]
         return {
@@ -162,17 +165,19 @@ def bench_iteration(config: PPOConfig, workload: IterationWorkload) -> dict[str,
             "bare_s": spread(total),
             "bare_parts_s": {name: spread(seconds) for name, seconds in parts.items()},
             "share_of_bare": spread([row["iteration"] / one for row, one in zip(rows, total, strict=True)]),
+            "cells": as_values(cells),
         }
     before = changed(config, ["ppo.max_staleness=0", f"run.dir={config.run.dir}-in-turns"])
     assert isinstance(before, PPOConfig)
-    in_turns = _system(before, requests)
+    in_turns, cells = run_system(before, requests)
     generate = float(np.median([row["generate"] for row in in_turns]))
     rest = float(np.median([row["iteration"] - row["generate"] for row in in_turns]))
-    rows = _system(config, requests)[config.ppo.max_staleness :]  # until sampling is as far ahead as it may be
+    rows = run_system(config, requests)[0][config.ppo.max_staleness :]  # until sampling is as far ahead as it may be
     return {
         **_summary(rows),
         "in_turns_s": {"iteration": spread([row["iteration"] for row in in_turns]), "generate": generate, "rest": rest},
         "share_of_longer": spread([row["iteration"] / max(generate, rest) for row in rows]),
+        "cells": as_values(cells),
     }
 
 
@@ -197,8 +202,12 @@ class MeasuredLoop(PPOLoop):
         return super().iterate(iteration)
 
 
-def _system(config: PPOConfig, requests: Workload, before: Callable[[], None] | None = None) -> list[dict[str, float]]:
-    """Every iteration but the first: its seconds, those of its parts, and shares of them.
+def run_system(
+    config: PPOConfig, requests: Workload, before: Callable[[], None] | None = None
+) -> tuple[list[dict[str, float]], list[Cell]]:
+    """Every iteration but the first: its seconds, those of its parts, and shares of them; and the speeds of the run.
+
+    Runs whose sampling is ahead of training tell no speeds, as their iterations do not begin and end with their work.
 
     Args:
         config: the run.
@@ -219,12 +228,16 @@ def _system(config: PPOConfig, requests: Workload, before: Callable[[], None] | 
         loop.rollouts = rollouts = KnownLengths(config, groups, prompts, loop.activity)
         rollouts.lengths = requests.lengths
         loop.train()
+        samples = Samples(list(map(len, requests.prompts)), requests.lengths)
+        cells = [] if config.ppo.max_staleness else engine_cells(config, groups.rollout, samples)
         metrics = run.directory.read_metrics()[1:]
-    return _rows(metrics, run.directory.path)
+    timeline = read_timeline(run.directory.path)
+    if not config.ppo.max_staleness:
+        cells += run_cells(config, timeline, metrics, samples, len(os.sched_getaffinity(0)))
+    return _rows(metrics, timeline), cells
 
 
-def _rows(metrics: list[dict[str, Any]], folder: Path) -> list[dict[str, float]]:
-    timeline = read_timeline(folder)
+def _rows(metrics: list[dict[str, Any]], timeline: Timeline) -> list[dict[str, float]]:
     spans = iterations(timeline)
     rows = []
     for row in metrics:

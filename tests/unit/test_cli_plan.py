@@ -3,6 +3,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -177,6 +178,72 @@ def test_a_plan_for_a_thousand_gpus_takes_seconds_and_neither_ray_nor_torch(tmp_
     assert not {"ray", "torch", "numpy", "vllm", "deepspeed", "transformers"} & set(imported)
     # It takes about one; a layout of quadratic cost would take minutes.
     assert float(seconds) < 10
+
+
+def write_cells(path: Path, device: str, dtype: str) -> str:
+    """A result of `rlhf-ray bench` for a model of a billion operations a token."""
+    rows = [
+        ("sample", "causal", 1e9, 0.02, 64),
+        ("prompt", "causal", 1e9, 1e-5, 0),
+        ("forward", "causal", 1e9, 1e-5, 0),
+        ("forward", "scalar", 1e9, 1e-5, 0),
+        ("step", "causal", 3e9, 4e-5, 0),
+        ("step", "scalar", 3e9, 3e-5, 0),
+        ("transfer", "causal", 1e9, 0.1, 0),
+    ]
+    names = ("work", "head", "size", "seconds", "at_once")
+    cells = [dict(zip(names, row, strict=True)) | {"dtype": dtype, "device": device} for row in rows]
+    hardware = [{"node": "one", "cpus": 2, "gpus": 1 if device == "GPU" else 0, "gpu_memory_gib": None}]
+    report = {"benchmark": "iteration", "hardware": hardware, "processor": "A processor", "cells": cells}
+    path.write_text(json.dumps(report))
+    return str(path)
+
+
+def test_throughput_of_a_thousand_gpus(tmp_path):
+    nodes = tmp_path / "nodes.yaml"
+    nodes.write_text("nodes: [{name: gpu, count: 125, cpus: 96, gpus: 8, gpu_memory_gib: 180, memory_gib: 1500}]\n")
+    command = [sys.executable, "-c", MEASURED, "configs/multi_node.yaml", "--inventory", str(nodes), "--json"]
+    command += ["--throughput", write_cells(tmp_path / "a.json", "GPU", "bf16"), "--response", "lognormal:300:0.9:2048"]
+    result = subprocess.run([*command, *THOUSAND], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)["throughput"]
+    seconds, *imported = result.stderr.split()
+    assert not {"ray", "torch", "vllm", "deepspeed", "transformers"} & set(imported)
+    assert float(seconds) < 20
+    assert found["iteration_s"] == pytest.approx(sum(found["parts_s"].values()))
+    assert found["responses"] == 1024 and found["mean_prompt_tokens"] == 2048
+    assert found["groups"]["rollout"]["units"] == 4 and found["groups"]["policy"]["processes"] == 512
+    saved = [option["saved_s"] for option in found["options"]]
+    assert len(saved) == 5 and saved == sorted(saved, reverse=True)
+
+
+def test_throughput_in_words(run, tmp_path):
+    inventory = ("--inventory", "cluster/nodes.yaml")
+    cells = write_cells(tmp_path / "a.json", "GPU", "bf16")
+    code, out, _ = run("configs/multi_node.yaml", *inventory, "--throughput", cells, "--prompt", "100")
+    lines = out.splitlines()
+    assert code == 0
+    assert f"throughput, estimated from {cells}: iteration on 2 cores and 1 GPU, A processor" in lines
+    (first,) = [line for line in lines if line.startswith("1024 responses of 2048 tokens on average (at most 2048)")]
+    assert " to prompts of 100: " in first and first.endswith(" tokens/s")
+    (waits,) = [line for line in lines if line.startswith("  the iteration waits most for: ")]
+    (best,) = [line for line in lines if line.startswith("  the next GPU to ")]
+    # All responses end together, and what scoring then takes is the most that a single GPU can shorten.
+    assert waits.endswith(": rollout") and "reference: reference.processes=5, " in best
+    assert any(line.startswith("    or to rollout: rollout.engines=9 takes 4 GPUs, ") for line in lines)
+    assert any("note: the policy takes " in line and "proportion" in line for line in lines)
+    assert any("rollout.max_concurrency is 256; beyond" in line for line in lines)
+
+
+def test_speeds_that_do_not_serve_are_one_error(run, tmp_path):
+    cpu = write_cells(tmp_path / "cpu.json", "CPU", "fp32")
+    code, out, err = run("configs/multi_node.yaml", "--inventory", "cluster/nodes.yaml", "--throughput", cpu)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"in bf16 on a GPU, and {cpu} holds fp32 on a CPU; measure on the hardware that" in err
+    code, _, err = run("configs/demo.yaml", "--throughput", cpu)
+    assert code == 2 and "name a configuration of `rlhf-ray ppo`" in err
+    code, _, err = run("configs/multi_node.yaml", "--response", "12")
+    assert code == 2 and "name a result with --throughput" in err
 
 
 @pytest.mark.parametrize("mode", ["token", "disabled"])
