@@ -30,7 +30,8 @@ from rlhf_ray.tracking.timeline import Span, Timeline, cut, iterations, nobody_b
 
 # What processes compute in, of the names of their spans.
 COMPUTING = ("generate", "log-probabilities", "scores", "forward", "step")
-STEPS = 24
+# Of an engine: the most steps and repeats of one measurement.
+MOST_STEPS = 64
 REPEATS = 3
 
 
@@ -40,28 +41,27 @@ def engine_cells(config: PPOConfig, pool: RolloutPool, samples: Samples) -> list
     Args:
         config: the run.
         pool: its engines, which serve.
-        samples: lengths; steps are measured in the middle of a response.
+        samples: lengths.
     """
     group = _groups(config)["rollout"]
     shape = _shape(config.policy.path)
     size, dtype = matrix_flops(shape, "causal"), config.rollout.dtype
+    prompt = sum(samples.prompts) // len(samples.prompts)
+    tokens = max(2, min(MOST_STEPS, sum(samples.responses) // len(samples.responses)))
     most = max(1, min(config.rollout.max_concurrency, len(samples.responses) // group.processes))
-    prompt, longest = max(samples.prompts), config.rollout.max_new_tokens
-    middle = min(sum(samples.responses) // len(samples.responses) // 2, longest - 1)
-    tokens = min(STEPS, longest - middle)
     seeds = itertools.count()
+
+    def seconds(at_once: int, new_tokens: int) -> float:
+        count = at_once * group.processes
+        return statistics.median(_sample(pool, shape, count, prompt, new_tokens, next(seeds)) for _ in range(REPEATS))
+
     found = []
-    step_s = 0.0
     for at_once in sorted({1, max(1, most // 16), max(1, most // 4), most}):
-
-        def seconds(length: int, new_tokens: int, count: int = at_once * group.processes) -> float:
-            taken = [_sample(pool, shape, count, length, new_tokens, next(seeds)) for _ in range(REPEATS + 1)]
-            return statistics.median(taken[1:])
-
-        step_s = (seconds(prompt + middle, tokens) - seconds(prompt + middle, 1)) / max(1, tokens - 1)
-        found.append(Cell("sample", "causal", dtype, group.device, size, step_s * group.units, at_once))
-    # The step that computes the prompts samples a token, too.
-    prompts_s = max(seconds(prompt, 1) - step_s, 1e-6) / (most * prompt)
+        first = seconds(at_once, 1)
+        step = max(seconds(at_once, tokens) - first, 1e-6) / (tokens - 1)
+        found.append(Cell("sample", "causal", dtype, group.device, size, step * group.units, at_once))
+    # The step that computes the prompts samples a token, too; `first` and `step` are those of the most.
+    prompts_s = max(first - step, 1e-6) / (most * prompt)
     return [*found, Cell("prompt", "causal", dtype, group.device, size, prompts_s * group.units)]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_ray.bench.cells import transfer_cells
 from rlhf_ray.bench.iteration import IterationWorkload, bench_iteration, built_in_config
 from rlhf_ray.bench.packing import bench_packing
 from rlhf_ray.bench.random_models import write_llama
@@ -13,6 +14,12 @@ from rlhf_ray.bench.scaling import bench_driver
 from rlhf_ray.bench.transfer import bench_transfer
 from rlhf_ray.bench.workload import LogNormal
 from rlhf_ray.cli import main
+from rlhf_ray.placement.cells import load_cells
+from rlhf_ray.placement.inventory import Node
+from rlhf_ray.placement.layout import Layout
+from rlhf_ray.placement.shapes import find_shape
+from rlhf_ray.placement.speeds import Samples
+from rlhf_ray.placement.throughput import throughput
 
 TINY = {
     "hidden_size": 128,
@@ -32,7 +39,8 @@ def test_an_iteration_and_the_bare_work_in_it_are_measured(ray_cluster: None, tm
     overrides = ["rollout.vllm.enforce_eager=true", "rollout.kv_cache_gib=0.05", "run.timeout_s=120"]
     # Other tests' groups hold their share of the same cluster.
     overrides += ["rollout.cpus=0.5", *(f"{name}.cpus=0.25" for name in ("policy", "critic", "reference", "reward"))]
-    row = bench_iteration(built_in_config(workload, "fp32", tmp_path, 3, overrides), workload)
+    config = built_in_config(workload, "fp32", tmp_path, 3, overrides)
+    row = bench_iteration(config, workload)
     assert row["iteration_s"]["min"] > 0
     parts = sum(row["parts_s"][name]["median"] for name in row["parts_s"])
     assert 0.5 * row["iteration_s"]["median"] < parts < 1.5 * row["iteration_s"]["median"]
@@ -53,6 +61,15 @@ def test_an_iteration_and_the_bare_work_in_it_are_measured(ray_cluster: None, tm
     lengths = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["completions/mean_length"]
     assert lengths == pytest.approx(sum(workload.requests(0).lengths) / 6)
     assert "iteration / bare work" in iteration_lines("tiny", "fp32", row)
+    # The speeds of its groups are all that an estimate of it needs, and say what each took.
+    (tmp_path / "speeds.json").write_text(json.dumps(row))
+    cells, _ = load_cells([tmp_path / "speeds.json"])
+    assert {cell.at_once for cell in cells.all if cell.work == "sample"} == {1, 6}
+    samples = Samples([8] * 6, workload.requests(0).lengths)
+    nodes = [Node(name="here", cpus=2)]
+    estimate = throughput(config, Layout([], {}), nodes, samples, cells, find_shape).estimate
+    assert all(seconds > 0 for seconds in estimate.parts_s.values())
+    assert estimate.generated == sum(samples.responses)
 
 
 @pytest.mark.system
@@ -78,7 +95,8 @@ def test_transfers_are_measured_beside_a_copy_of_the_same_bytes(ray_cluster: Non
     workload = IterationWorkload(TINY, 2, 48, LogNormal(12, 0.9, 40))
     overrides = ["rollout.vllm.enforce_eager=true", "rollout.kv_cache_gib=0.05", "run.timeout_s=120"]
     overrides += ["rollout.cpus=0.5", "policy.cpus=0.5"]
-    row = bench_transfer(built_in_config(workload, "bf16", tmp_path, 1, overrides), 2)
+    config = built_in_config(workload, "bf16", tmp_path, 1, overrides)
+    row = bench_transfer(config, 2)
     # Embeddings, which are the output layer, too, and two layers: attention, feed-forward, norms; and the last norm.
     layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 64 + 2 * 128
     assert row["parameters"] == 256 * 128 + 2 * layer + 128
@@ -87,6 +105,8 @@ def test_transfers_are_measured_beside_a_copy_of_the_same_bytes(ray_cluster: Non
     ratio = row["transfer_s"]["median"] / row["copy_s"]["median"]
     assert row["transfer_per_copy"]["median"] == pytest.approx(ratio)
     assert "transfer / copy" in transfer_lines(row)
+    (cell,) = transfer_cells(config, row)
+    assert (cell.size, cell.seconds, cell.dtype) == (row["bytes"], row["transfer_s"]["median"], "bf16")
 
 
 @pytest.mark.system
