@@ -5,6 +5,7 @@ python benchmarks/page.py
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +67,14 @@ SCALING = """
 
 The driver's side of sampling alone: the pool, Ray's streams and the trajectories are those of a run, the engines only
 wait as long as their responses would take. CPU time is all that the driver's process took, Ray's threads included.
+"""
+
+THROUGHPUT = """
+## Throughput on paper
+
+What `rlhf-ray plan --throughput` foretells of an iteration ([how](throughput.md)), beside the middle of the iterations
+of a run. Speeds are known from the runs marked so, which have one engine and fp32; of the others the estimate knows the
+configuration and the lengths of the responses alone. "Middle": 25 million parameters, 32 prompts.
 """
 
 MEMORY = """
@@ -221,6 +230,22 @@ def memory(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def throughput(report: dict[str, Any]) -> list[str]:
+    """One run of `benchmarks/throughput.py`."""
+    lines = [
+        f"\n`{report['command']}`, {report['processor']}, commit {report['commit']}. Largest deviation of what was "
+        f"foretold {report['largest_deviation']:.1%}."
+    ]
+    lines += _header("workload", "changes", "speeds", "measured, s", "foretold, s", "ratio")
+    for known, rows in (("known", report["measured"]), ("", report["foretold"])):
+        for row in rows:
+            took = f"{median(row['measured_s']):.2f} ({min(row['measured_s']):.2f} to {max(row['measured_s']):.2f})"
+            cells = [row["workload"].capitalize(), ", ".join(row["overrides"]), known, took]
+            cells += [f"{row['estimated_s']:.2f}", f"{row['ratio']:.2f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def page() -> str:
     """The text of docs/performance.md."""
     reports = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
@@ -244,6 +269,8 @@ def page() -> str:
     ):
         found = [report for report in reports.values() if report.get("benchmark") == name]
         lines += [head.rstrip(), *table(found)] if found else []
+    if "throughput" in reports:
+        lines += [THROUGHPUT.rstrip(), *throughput(reports["throughput"])]
     lines += [MEMORY.rstrip(), *memory(reports["memory"])]
     return "\n".join(lines) + "\n"
 
