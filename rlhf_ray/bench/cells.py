@@ -100,7 +100,7 @@ def run_cells(
     training, recomputed = config.training.dtype, config.training.gradient_checkpointing
     kinds: list[tuple[str, str, str, Head, str, float, int]] = [
         ("reference", "log-probabilities", "forward", "causal", config.reference.dtype, causal, 1),
-        ("reward", "scores", "forward", "scalar", config.reward.dtype, scored, 1),
+        ("reward", "scores", "forward", "scalar", config.reference.dtype, scored, 1),
         ("critic", "forward", "forward", "scalar", training, scalar, 1),
         ("policy", "step", "step", "causal", training, step_flops(causal, recomputed=recomputed), config.ppo.epochs),
         ("critic", "step", "step", "scalar", training, step_flops(scalar, recomputed=recomputed), config.ppo.epochs),

@@ -57,7 +57,7 @@ class Speeds:
             cells.seconds(
                 "forward",
                 "scalar",
-                config.reward.dtype,
+                config.reference.dtype,
                 devices["reward"],
                 forward_flops(shape, "scalar", samples.sequences),
             )

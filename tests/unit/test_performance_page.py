@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import statistics
 from pathlib import Path
 from types import ModuleType
 
@@ -42,3 +43,17 @@ def test_estimates_of_memory_are_within_15_percent_of_what_was_measured(
         assert sum(parts.values()) / memory.GIB == pytest.approx(row["measured_gib"], rel=0.15), cell
         if "libraries_gib" in row:
             assert row["libraries_estimated_gib"] == pytest.approx(row["libraries_gib"], rel=0.15)
+
+
+def test_estimates_of_throughput_are_within_20_percent_of_what_was_measured():
+    module = benchmark("throughput")
+    report = json.loads((ROOT / "benchmarks" / "results" / "throughput.json").read_text())
+    assert {row["workload"] for row in [*report["measured"], *report["foretold"]]} >= {"w1", "w2", "w3"}
+    assert [
+        module.Run(row["workload"], row["iterations"], row["overrides"]) for row in report["foretold"]
+    ] == module.RUNS
+    cores = report["hardware"][0]["cpus"]
+    for row in report["foretold"]:
+        found = module.estimated(row, report["cells"], cores)
+        assert found == pytest.approx(statistics.median(row["measured_s"]), rel=0.2), row["workload"]
+        assert found == pytest.approx(row["estimated_s"]), "run python benchmarks/throughput.py --again FILE --out FILE"
