@@ -24,12 +24,14 @@ class Group:
         units: cores or GPUs on which each of them computes.
         device: which of the two.
         together: the groups whose processes sit on the same GPUs, rank by rank, itself included.
+        cores: numbers of the cores that each of them is bound to; none is all (`placement.cores`).
     """
 
     processes: int
     units: float
     device: Device
     together: tuple[str, ...]
+    cores: tuple[int, ...] = ()
 
 
 def groups_of(config: PPOConfig, layout: Layout) -> dict[str, Group]:
@@ -51,24 +53,33 @@ def groups_of(config: PPOConfig, layout: Layout) -> dict[str, Group]:
             beside = next((one for one in sets if name in one), {name})
             found[name] = Group(processes, split, "GPU", tuple(other for other in GROUPS if other in beside))
         else:
-            found[name] = Group(processes, float(max(1, int(section.cpus))), "CPU", (name,))
+            bound = tuple(config.placement.cores.get(name, ()))
+            found[name] = Group(processes, float(max(1, int(section.cpus))), "CPU", (name,), bound)
     return found
 
 
-def places_of(groups: dict[str, Group], cores: float) -> Places:
-    """The cores, where they are fewer than all threads, and every GPU with processes of several groups.
+def places_of(groups: dict[str, Group], cores: float, nodes: int = 1) -> Places:
+    """The cores, where they are fewer than all threads or processes are bound to some of them; and every GPU with
+    processes of several groups.
 
     Args:
         groups: who computes on what. Their processes are named as the actors are, `policy-0`.
         cores: of all nodes.
+        nodes: how many.
     """
-    threads = sum(one.processes * one.units for one in groups.values() if one.device == "CPU")
-    capacity = {CORES: cores} if threads > cores else {}
+    on_cpu = [one for one in groups.values() if one.device == "CPU"]
+    each = range(max([round(cores / nodes), *(number + 1 for one in on_cpu for number in one.cores)]))
+    capacity: dict[str, float] = {}
+    if any(one.cores for one in on_cpu):
+        capacity = {f"core {number}": float(nodes) for number in each}
+    elif sum(one.processes * one.units for one in on_cpu) > cores:
+        capacity = {CORES: cores}
     takes: dict[str, dict[str, float]] = {}
     for name, group in groups.items():
         for rank in range(group.processes):
             if group.device == "CPU":
-                takes[f"{name}-{rank}"] = {CORES: group.units} if capacity.get(CORES) else {}
+                mine = [f"core {number}" for number in group.cores or each] if CORES not in capacity else [CORES]
+                takes[f"{name}-{rank}"] = {place: group.units / len(mine) for place in mine if place in capacity}
             elif len(group.together) > 1:
                 place = f"{', '.join(group.together)}/{rank}"
                 capacity[place] = 1.0

@@ -104,11 +104,11 @@ def throughput(
     groups = groups_of(config, layout)
     speeds = Speeds(config, samples, cells, shapes, {name: group.device for name, group in groups.items()})
     cores = sum(node.cpus for node in nodes)
-    now = estimate(config, groups, cores, samples, speeds)
+    now = estimate(config, groups, places_of(groups, cores, len(nodes)), samples, speeds)
 
     def option(together: tuple[str, ...], larger: dict[str, Group], units: float, device: Device) -> Option:
-        more = cores + (units if device == "CPU" else 0.0)
-        then = estimate(config, larger, more, samples, speeds).iteration_s
+        places = places_of(larger, cores + (units if device == "CPU" else 0.0), len(nodes))
+        then = estimate(config, larger, places, samples, speeds).iteration_s
         return Option(together, units, device, then, (now.iteration_s - then) / units)
 
     options = []
@@ -117,24 +117,24 @@ def throughput(
         # Those that sit together share each further GPU.
         units = max(groups[name].units for name in together)
         options.append(option(together, larger, units, groups[together[0]].device))
-    if CORES in places_of(groups, cores).capacity:
+    if CORES in places_of(groups, cores, len(nodes)).capacity:
         options.append(option((ALL_CORES,), groups, 1.0, "CPU"))
     options.sort(key=lambda one: -one.saved_s)
     return Throughput(now, groups, options, speeds.notes())
 
 
-def estimate(config: PPOConfig, groups: dict[str, Group], cores: float, samples: Samples, speeds: Speeds) -> Estimate:
+def estimate(config: PPOConfig, groups: dict[str, Group], places: Places, samples: Samples, speeds: Speeds) -> Estimate:
     """An iteration of a run with these groups.
 
     Args:
         config: the run; how many processes its groups have is taken from `groups`.
         groups: who computes on what.
-        cores: of all nodes.
+        places: what they share, of `places_of`.
         samples: lengths of prompts and responses.
         speeds: of each kind of work.
     """
     ahead = config.ppo.max_staleness
-    places = places_of(groups, cores).as_one(("rollout", *TRAINERS))
+    places = places.as_one(("rollout", *TRAINERS))
     before = rollout_jobs(config, groups, samples, speeds, with_values=not ahead)
     scored = ends(before, places)
     after = training_jobs(config, groups, samples, speeds, with_values=bool(ahead))

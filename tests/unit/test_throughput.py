@@ -265,6 +265,18 @@ def test_fewer_cores_than_threads():
     assert (ahead.estimate.iteration_s, ahead.estimate.limiting) == (pytest.approx(32), "cores")
 
 
+def test_processes_that_are_bound_to_cores():
+    cpu = [f"{name}.gpus=0" for name in ("policy", "critic", "reference", "reward", "rollout")]
+    cpu += ["rollout.kv_cache_gib=1"]
+    bound = "placement.cores={" + ", ".join(f"{name}: [1]" for name in ("policy", "critic", "reference", "reward"))
+    one = found(config_of(*cpu, bound + ", rollout: [0]}", "ppo.max_staleness=1"), speeds("CPU"), cores=2)
+    # Core 0 has the engine's 10 + 2 s, core 1 all else: 8 + 4 + 4 s of scoring, 20 + 16 s of training.
+    assert one.estimate.bounds_s["core 0"] == pytest.approx(12)
+    assert one.estimate.bounds_s["core 1"] == pytest.approx(52)
+    assert one.estimate.bounds_s["training"] == pytest.approx(4 + 36 + 3)
+    assert (one.estimate.iteration_s, one.estimate.limiting) == (pytest.approx(52), "core 1")
+
+
 def test_a_thousand_gpus_are_estimated_on_a_laptop():
     large = config_of("policy.processes=512", "critic.processes=128", "reference.processes=64", "reward.processes=64")
     large = large.model_copy(update={"rollout": large.rollout.model_copy(update={"engines": 256})})
