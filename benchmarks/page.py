@@ -66,7 +66,9 @@ SCALING = """
 ## Many engines, one driver
 
 The driver's side of sampling alone: the pool, Ray's streams and the trajectories are those of a run, the engines only
-wait as long as their responses would take. CPU time is all that the driver's process took, Ray's threads included.
+wait as long as their responses would take. CPU time is all that the driver's process took, Ray's threads included. All
+is sampled twice, one after the other; memory is the most that was resident above what was before the requests were
+made, and the last column is how much more that was at the second time.
 """
 
 THROUGHPUT = """
@@ -194,11 +196,12 @@ def packing(reports: list[dict[str, Any]]) -> list[str]:
 def scaling(reports: list[dict[str, Any]]) -> list[str]:
     """Runs of `rlhf-ray bench scaling`."""
     names = ("engines", "under way", "responses/s", "driver's CPU, ms a response", "share of a core")
-    lines = [*_commands(reports), *_header(*names, "memory, KiB a response under way")]
+    lines = [*_commands(reports), *_header(*names, "memory, KiB a response under way", "again, MiB")]
     for row in (row for report in reports for row in report["rows"]):
         cells = [row["engines"], row["in_flight"], f"{row['trajectories_per_s']:.0f}"]
         cells += [f"{row['driver_cpu_ms_per_trajectory']:.2f}", f"{row['driver_cpu_share']:.0%}"]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{row['memory_growth_kib_per_request']:.1f}"])) + " |")
+        cells += [f"{row['memory_growth_kib_per_request']:.1f}", f"{row['memory_growth_again_mib']:.1f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 
 

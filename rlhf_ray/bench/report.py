@@ -160,7 +160,8 @@ def driver_line(row: dict[str, Any]) -> str:
         f"{row['engines']} engines, {row['in_flight']} responses under way: "
         f"{row['driver_cpu_ms_per_trajectory']:.2f} ms of the driver's CPU a response, "
         f"{row['driver_cpu_share']:.0%} of a core, {row['trajectories_per_s']:.0f} responses/s, "
-        f"{row['memory_growth_kib_per_request']:.1f} KiB of memory for each"
+        f"{row['memory_growth_kib_per_request']:.1f} KiB of memory for each under way, "
+        f"{row['memory_growth_again_mib']:.1f} MiB more for as many again"
     )
 
 

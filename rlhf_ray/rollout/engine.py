@@ -7,6 +7,7 @@ which the pool does only after the probe agreed with the trainer.
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,6 +23,10 @@ from rlhf_ray.tracking.logs import setup_actor_logging
 from rlhf_ray.trajectory import Trajectory, VersionSpan
 
 logger = logging.getLogger(__name__)
+
+# A response waits for others at most this share of the time since its call began: what is handed over together costs
+# the driver as much as one. The last one waits for none.
+GATHER_SHARE = 0.03
 
 # Tokens of one scheduler step on a CPU: prompts of many requests start together.
 CPU_STEP_TOKENS = 4096
@@ -134,12 +139,17 @@ class RolloutEngine:
 
         if self._version is None:
             raise EngineError("this engine has taken part in no complete weight transfer yet and must not generate")
+        started = time.monotonic()
         pending = {asyncio.ensure_future(self._sample(request)) for request in requests}
         try:
             with activity().busy("generate") as call:
                 while pending:
                     activity().owes(call, len(pending))
                     done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                    if pending:
+                        shortly = GATHER_SHARE * (time.monotonic() - started)
+                        more, pending = await asyncio.wait(pending, timeout=shortly)
+                        done |= more
                     finished = [task.result() for task in done]
                     activity().count_tokens(sum(len(one.response_ids) for one in finished), len(finished))
                     yield finished

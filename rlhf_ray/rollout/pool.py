@@ -31,8 +31,9 @@ logger = logging.getLogger(__name__)
 # fp32 engines agree to about 1e-6; bf16 rounds each of them by a few hundredths.
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
-# What many engines finish within this many seconds an engine is taken together: each look at them costs.
-GATHER_S = 5e-5
+# What many engines finish within this many seconds an engine is taken together: a look at them takes the driver a
+# hundredth of that.
+GATHER_S = 2.5e-4
 
 SAMPLING = "rollout engines: the longest wait for a response"
 
@@ -261,15 +262,11 @@ class RolloutPool:
         pending = list(streams)
         longest = 0.0
         while pending:
-            ready: list[Any]
-            asked, limit = time.monotonic(), self._patience.limit(SAMPLING)
-            ready, _ = ray.wait(pending, num_returns=1, timeout=limit, fetch_local=False)
-            if not ready:
-                names = ", ".join(f"rollout-{streams[stream].rank}" for stream in pending)
-                raise Stalled(f"{names}: no response finished within {limit:g} s")
-            longest = max(longest, time.monotonic() - asked)
             together = GATHER_S * len(pending)
             ready, pending = ray.wait(pending, num_returns=len(pending), timeout=together, fetch_local=False)
+            if not ready:
+                longest = max(longest, self._wait(pending, streams))
+                continue  # with what others finish right after it
             finished: list[Trajectory] = []
             for stream, answer in self._answers({stream: streams[stream] for stream in ready}).items():
                 if isinstance(answer, ActorDied):
@@ -284,6 +281,18 @@ class RolloutPool:
             if finished:
                 yield finished
         self._patience.took(SAMPLING, longest)  # once a call: the first response may take much longer than the next
+
+    def _wait(self, pending: list[Any], streams: dict[Any, "_Stream"]) -> float:
+        """Wait until one of them has something; the seconds that took.
+
+        Raises:
+            Stalled: none had within the time that it may take.
+        """
+        asked, limit = time.monotonic(), self._patience.limit(SAMPLING)
+        if not ray.wait(pending, num_returns=1, timeout=limit, fetch_local=False)[0]:
+            names = ", ".join(f"rollout-{streams[stream].rank}" for stream in pending)
+            raise Stalled(f"{names}: no response finished within {limit:g} s")
+        return time.monotonic() - asked
 
     def _answers(self, ready: dict[Any, "_Stream"]) -> dict[Any, list[Trajectory] | ActorDied]:
         """The next trajectories of each stream, none at its end; or that its engine died, or left with some owed.
