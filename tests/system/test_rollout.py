@@ -19,7 +19,7 @@ import torch
 from ppo_runs import processes_of
 from tiny_models import make_llama
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rlhf_ray.config.sections import TrainingSection
 from rlhf_ray.errors import EngineError
@@ -107,14 +107,14 @@ def running(
     tensor_parallel: int = 1,
     nodes: int = 1,
     prepare: Callable[[Any], None] | None = None,
-    apart: tuple[int, ...] = (),
+    other_ways: tuple[int, ...] = (),
     dtype: str = "float32",
     **training: Any,
 ) -> Iterator[World]:
     """A world, not yet transferred.
 
-    `prepare` runs in the trainer's processes before they connect; engines that are `apart` reach the trainer's memory
-    as little as those on another host.
+    `prepare` runs in the trainer's processes before they connect; `other_ways` are the engines that receive and load as
+    one on another host does, of a model that is not plain.
     """
     parts = engines * nodes
     plan = Plan(
@@ -149,7 +149,7 @@ def running(
             world = World(trainer, pool, None)
             if prepare:
                 world.on_trainer(prepare)
-            ray.get([pool.engines[rank].__ray_call__.remote(move_away) for rank in apart], timeout=TIMEOUT_S)
+            ray.get([pool.engines[rank].__ray_call__.remote(take_other_ways) for rank in other_ways], timeout=TIMEOUT_S)
             pool.connect(trainer)
             world.refusal = refusal_of(pool)
             yield world
@@ -165,12 +165,13 @@ def use_small_buckets(actor: Any) -> None:
     gloo_transfer.GlooTrainerInitInfo = functools.partial(gloo_transfer.GlooTrainerInitInfo, bucket_bytes=SMALL_BUCKET)
 
 
-def move_away(actor: Any) -> None:
-    """Have an engine, which runs vLLM in its own process, look for the trainer's memory where it is not."""
-    from rlhf_ray.rollout import gloo_transfer
+def take_other_ways(actor: Any) -> None:
+    """Let an engine on a CPU look for the trainer's memory where it is not, and load as if it had special layers."""
+    from rlhf_ray.rollout import gloo_transfer, loading
 
     worker = gloo_transfer.SharingWorker
     gloo_transfer.SharingWorker = lambda name, timeout_s: worker(f"not-{name}", timeout_s)
+    loading.is_plain = lambda model: False
 
 
 def ways_of(world: World) -> tuple[int, int]:
@@ -183,12 +184,23 @@ def ways_of(world: World) -> tuple[int, int]:
     return world.on_trainer(count)[0]
 
 
+def loads_plainly(engine: Any) -> bool:
+    """What an engine that runs vLLM in its own process makes of its model."""
+
+    def ask(actor: Any) -> bool:
+        from rlhf_ray.rollout import loading
+
+        return loading.is_plain(actor._engine._core.model_executor.driver_worker.worker.model_runner.model)
+
+    return ray.get(engine.__ray_call__.remote(ask), timeout=TIMEOUT_S)
+
+
 @pytest.fixture(scope="module")
 def tied(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """Two engines and one trainer rank, of a model whose embeddings are tied, sent in buckets of 4 KiB; one engine
-    is as on another host."""
+    """Two engines and one trainer rank, of a model whose embeddings are tied, sent in buckets of 4 KiB; the second
+    engine receives and loads in other ways than the first."""
     folder = tmp_path_factory.mktemp("tied")
-    with running(make_llama(folder / "model"), folder, engines=2, apart=(1,), prepare=use_small_buckets) as world:
+    with running(make_llama(folder / "model"), folder, engines=2, other_ways=(1,), prepare=use_small_buckets) as world:
         world.train()
         world.transfer()
         yield world
@@ -241,6 +253,11 @@ def largest_difference(trajectories: list[Trajectory], logprobs: list[Tensor]) -
     return float((engine - torch.cat(logprobs)).abs().max())
 
 
+def mean_difference(trajectories: list[Trajectory], logprobs: list[Tensor]) -> float:
+    engine = torch.cat([torch.tensor(t.logprobs) for t in trajectories])
+    return float((engine - torch.cat(logprobs)).abs().mean())
+
+
 def assert_sampled_from_the_trainers_weights(world: World) -> None:
     """Several transfers of changing weights; after each the trainer agrees with the engines about their samples."""
     for _ in range(3):
@@ -267,6 +284,7 @@ def test_a_new_engine_refuses_to_generate_before_a_committed_transfer(name: str,
 
 def test_logprobs_equal_the_trainers_after_every_transfer_with_tied_embeddings(tied: World):
     assert ways_of(tied) == (1, 1)
+    assert list(map(loads_plainly, tied.pool.engines)) == [True, False]
     assert_sampled_from_the_trainers_weights(tied)
 
 
@@ -282,6 +300,25 @@ def test_logprobs_equal_the_trainers_with_zero_3_untied_embeddings_and_many_buck
         return len(plan_buckets(specs, engine._bucket_bytes))
 
     assert partitioned.on_trainer(buckets_of)[0] > 10
+
+
+def test_an_engine_in_bf16_serves_weights_and_biases_of_an_fp32_trainer(ray_cluster: None, tmp_path: Path):
+    path = make_llama(tmp_path / "model", tie=False)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(path, attention_bias=True, mlp_bias=True))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(path)
+    with running(path, tmp_path, dtype="bfloat16") as world:
+        assert loads_plainly(world.pool.engines[0])
+        for steps in (1, 8):
+            world.train(steps=steps)
+            world.transfer()
+            trajectories = world.sample(requests_of(4, 2))
+            assert mean_difference(trajectories, world.trainer_logprobs(trajectories)) < 0.05
+        world.train(steps=8)
+        assert mean_difference(trajectories, world.trainer_logprobs(trajectories)) > 0.2
 
 
 def test_a_corrupted_transfer_raises_and_the_engines_serve_nothing_until_a_good_one(tied: World):
