@@ -19,12 +19,14 @@ from rich.table import Table
 RESULTS = Path(__file__).resolve().parent / "results"
 TOLERANCE = 0.15
 # What must be equal for two results to be of the same measurement.
-SETTINGS = ("benchmark", "workload", "dtype", "max_staleness", "parameters", "engines", "response_tokens", "requests")
+SETTINGS = ("benchmark", "peer", "workload", "dtype", "max_staleness", "parameters", "engines", "response_tokens")
+SETTINGS += ("requests",)
 # The ratio of each kind of measurement, and whether more of it is better.
 RATIOS = {
     "iteration": ("share_of_bare", False),
     "transfer": ("transfer_per_copy", False),
     "packing": ("share_of_equal", True),
+    "peers": ("share_of_peer", False),
     "rollout": ("share_of_bare", True),
 }
 CELL = ("engines", "tensor_parallel", "max_concurrency", "prompt_tokens", "response_tokens")

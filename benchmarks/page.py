@@ -47,6 +47,17 @@ Iterations with `ppo.max_staleness` above 0, beside the same without, measured b
 and of all the rest.
 """
 
+PEERS = """
+## Beside TRL
+
+Workload W1 in fp32 here and with the PPO trainer of TRL (`trl.experimental.ppo`), in turns, a block of iterations each,
+on the same cores. Both do the same: 128 sampled tokens for each prompt, which no end of a sequence cuts short, scores,
+values and log-probabilities of the reference, GAE, and one optimizer step of policy and critic. TRL samples with
+transformers' `generate`, and does one thing after the other in one process on all cores; it runs without evaluation,
+saving, recomputation of activations and reports, and in the fastest of the batches that were tried (below). The ratio
+is taken block by block; seconds run from the end of one iteration to that of the next.
+"""
+
 TRANSFER = """
 ## Weight transfer
 
@@ -168,6 +179,30 @@ def ahead(reports: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def peers(reports: list[dict[str, Any]]) -> list[str]:
+    """Runs of `benchmarks/trl_ppo.py`, a row each."""
+    names = ("workload", "precision", "TRL, s", "its sampling, s", "here, s", "here / TRL")
+    lines = [*_commands(reports), *_header(*names)]
+    for report in reports:
+        cells = [report["workload"].upper(), report["dtype"]]
+        cells += [_spread(report[name], "{:.2f}") for name in ("peer_s", "peer_generate_s", "iteration_s")]
+        lines.append("| " + " | ".join([*cells, _spread(report["share_of_peer"], "{:.2f}")]) + " |")
+    return lines
+
+
+def peer_settings(reports: list[dict[str, Any]]) -> list[str]:
+    """Runs of `benchmarks/trl_ppo.py --try-settings`."""
+    versions = [", ".join(f"{name} {found}" for name, found in one["peer_versions"].items()) for one in reports]
+    lines = [f"{command}, {found}" for command, found in zip(_commands(reports), versions, strict=True)]
+    names = ("batch for sampling and scoring", "micro-batch", "memory is kept as here", "TRL, s", "its sampling, s")
+    lines += _header(*names)
+    for row in (row for report in reports for row in report["rows"]):
+        cells = [str(row["rollout_batch"]), str(row["micro_batch"]), "yes" if row["kept_memory"] else "no"]
+        cells += [_spread(row[name], "{:.2f}") for name in ("iteration_s", "generate_s")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def _spread(values: dict[str, float], form: str) -> str:
     return f"{form.format(values['median'])} ({form.format(values['min'])} to {form.format(values['max'])})"
 
@@ -266,12 +301,14 @@ def page() -> str:
     if sampling_ahead:
         lines += [AHEAD.rstrip(), *ahead(sampling_ahead)]
     for name, head, table in (
+        ("peers", PEERS, peers),
+        ("peer settings", "", peer_settings),
         ("transfer", TRANSFER, transfer),
         ("packing", PACKING, packing),
         ("scaling", SCALING, scaling),
     ):
         found = [report for report in reports.values() if report.get("benchmark") == name]
-        lines += [head.rstrip(), *table(found)] if found else []
+        lines += [*([head.rstrip()] if head else []), *table(found)] if found else []
     if "throughput" in reports:
         lines += [THROUGHPUT.rstrip(), *throughput(reports["throughput"])]
     lines += [MEMORY.rstrip(), *memory(reports["memory"])]

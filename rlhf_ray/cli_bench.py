@@ -212,12 +212,9 @@ def _measured(
     import os
     import tempfile
 
-    import ray
-
     from rlhf_ray.bench import report
-    from rlhf_ray.bench.iteration import WORKLOADS, built_in_config
+    from rlhf_ray.bench.iteration import WORKLOADS, built_in_config, this_machine
     from rlhf_ray.config import PPOConfig, load_config
-    from rlhf_ray.placement.plan import make_plan
 
     if workload not in WORKLOADS:
         raise ConfigError(f"--workload: found {workload!r}, expected one of {', '.join(WORKLOADS)}")
@@ -232,16 +229,10 @@ def _measured(
         return
     with tempfile.TemporaryDirectory(prefix="rlhf-ray-bench-") as folder:
         config = built_in_config(chosen, dtype, Path(folder), repeats + 1, overrides)
-        # Groups that work one after the other use the same cores, so that Ray is told of more than there are.
-        ray.init(
-            "local", num_cpus=int(make_plan(config).needed("CPU")) + 1, include_dashboard=False, log_to_driver=False
-        )
-        try:
+        with this_machine(config):
             found = report.circumstances(report.inventory())
             found["hardware"][0]["cpus"] = len(os.sched_getaffinity(0))
             yield config, found | {"workload": workload, "dtype": dtype, "repeats": repeats}, chosen
-        finally:
-            ray.shutdown()
 
 
 def _config_or_change(path: Path | None, overrides: list[str]) -> tuple[Path | None, list[str]]:

@@ -7,12 +7,14 @@ the other, each on all cores. A run that samples ahead of training is measured b
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 
 from rlhf_ray.bench.bare_work import bare_work
 from rlhf_ray.bench.cells import as_values, engine_cells, run_cells
@@ -27,6 +29,7 @@ from rlhf_ray.driver.ppo import PPOLoop
 from rlhf_ray.driver.rollouts import Rollouts
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.placement.cells import Cell
+from rlhf_ray.placement.plan import make_plan
 from rlhf_ray.placement.speeds import Samples
 from rlhf_ray.rollout.engine import SampleRequest
 from rlhf_ray.stages.run import open_run
@@ -129,6 +132,19 @@ def config_on_models(
     config = from_dict(values, "ppo", overrides, "the built-in configuration")
     assert isinstance(config, PPOConfig)
     return config
+
+
+@contextmanager
+def this_machine(config: PPOConfig) -> Iterator[None]:
+    """Be connected to a cluster of this machine's cores.
+
+    Groups that work one after the other use the same cores, so that Ray is told of more than there are.
+    """
+    ray.init("local", num_cpus=int(make_plan(config).needed("CPU")) + 1, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def bench_iteration(config: PPOConfig, workload: IterationWorkload) -> dict[str, Any]:
@@ -252,6 +268,7 @@ def _rows(metrics: list[dict[str, Any]], timeline: Timeline) -> list[dict[str, f
         rows.append(
             {name: row[f"time/{name}"] for name in ("iteration", *PARTS)}
             | {
+                "end_to_end": span.end - spans[row["step"] - 1].end,  # of the iteration before
                 "nobody_busy": nobody_busy(timeline, span.start, span.end),
                 "scoring_hidden": max(0.0, 1.0 - row["time/score"] / scoring),
             }

@@ -59,6 +59,16 @@ def test_a_driver_is_compared_by_how_its_work_grows(tmp_path: Path):
     assert compare(result(tmp_path, "new", **scaling(1.0, 2.0)), old)[0] == 1
 
 
+def test_iterations_beside_another_system_are_compared_by_their_ratio(tmp_path: Path):
+    def peers(ratio: float) -> dict[str, Any]:
+        return {"benchmark": "peers", "peer": "trl", "workload": "w1", "share_of_peer": {"median": ratio}}
+
+    old = result(tmp_path, "old", **peers(0.5))
+    assert compare(result(tmp_path, "new", **peers(0.55)), old)[0] == 0
+    code, said = compare(result(tmp_path, "new", **peers(0.6)), old)
+    assert code == 1 and "worse by 20.0%" in said
+
+
 def test_a_measurement_without_a_stored_result_is_refused(tmp_path: Path):
     code, said = compare(result(tmp_path, "new", benchmark="packing", workload="w9", share_of_equal={"median": 1.0}))
     assert code == 1 and "holds no result of this measurement (benchmark packing, workload w9)" in said
