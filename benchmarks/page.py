@@ -104,10 +104,9 @@ set by default, and with 3.45 GiB as the processes of a run are.
 def rollout(report: dict[str, Any]) -> list[str]:
     """One run of `rlhf-ray bench rollout`."""
     machine = ", ".join(f"{node['cpus']:g} cores, {node['gpus']} GPUs" for node in report["hardware"])
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
         f"\n`{report['command']}`\n",
-        f"{report['processor']}, {machine}; {versions}; commit {report['commit']}.\n",
+        f"{report['processor']}, {machine}; {_versions(report['versions'])}; commit {report['commit']}.\n",
     ]
     names = ("engines", "at once", "prompt", "response", "tokens/s", "share of bare vLLM", "of plain")
     names += ("first token, s", "latency p50, p95, p99, s", "idle", "cache", "preempted")
@@ -182,7 +181,9 @@ def ahead(reports: list[dict[str, Any]]) -> list[str]:
 def peers(reports: list[dict[str, Any]]) -> list[str]:
     """Runs of `benchmarks/trl_ppo.py`, a row each."""
     names = ("workload", "precision", "TRL, s", "its sampling, s", "here, s", "here / TRL")
-    lines = [*_commands(reports), *_header(*names)]
+    commands = zip(_commands(reports), reports, strict=True)
+    lines = [f"{text}; {_versions(one['peer_versions'])}" for text, one in commands]
+    lines += _header(*names)
     for report in reports:
         cells = [report["workload"].upper(), report["dtype"]]
         cells += [_spread(report[name], "{:.2f}") for name in ("peer_s", "peer_generate_s", "iteration_s")]
@@ -192,10 +193,8 @@ def peers(reports: list[dict[str, Any]]) -> list[str]:
 
 def peer_settings(reports: list[dict[str, Any]]) -> list[str]:
     """Runs of `benchmarks/trl_ppo.py --try-settings`."""
-    versions = [", ".join(f"{name} {found}" for name, found in one["peer_versions"].items()) for one in reports]
-    lines = [f"{command}, {found}" for command, found in zip(_commands(reports), versions, strict=True)]
     names = ("batch for sampling and scoring", "micro-batch", "memory is kept as here", "TRL, s", "its sampling, s")
-    lines += _header(*names)
+    lines = [*_commands(reports), *_header(*names)]
     for row in (row for report in reports for row in report["rows"]):
         cells = [str(row["rollout_batch"]), str(row["micro_batch"]), "yes" if row["kept_memory"] else "no"]
         cells += [_spread(row[name], "{:.2f}") for name in ("iteration_s", "generate_s")]
@@ -238,6 +237,10 @@ def scaling(reports: list[dict[str, Any]]) -> list[str]:
         cells += [f"{row['memory_growth_kib_per_request']:.1f}", f"{row['memory_growth_again_mib']:.1f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
+
+
+def _versions(found: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def _commands(reports: list[dict[str, Any]]) -> list[str]:

@@ -31,9 +31,9 @@ SETTINGS = HERE / "results" / "trl_settings.json"
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"
 WORKLOAD = "w1"
 CORES = len(os.sched_getaffinity(0))
-# Of TRL: batches for sampling and the forward passes after it, then micro-batches with the fastest of those.
+# Of TRL: responses that are sampled and scored at a time, and those of a micro-batch, the one to begin with first.
 ROLLOUT_BATCHES = (64, 32, 16)
-MICRO_BATCHES = (64, 32, 16, 8, 4)
+MICRO_BATCHES = (16, 64, 8, 4)
 
 
 def make_environment(folder: Path) -> Path:
@@ -53,14 +53,14 @@ def make_environment(folder: Path) -> Path:
     return python
 
 
-def run_trl(python: Path, iterations: int, settings: list[tuple[int, int]], *, kept_memory: bool) -> dict[str, Any]:
-    """What `trl_side.py` finds.
+def run_trl(python: Path, iterations: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """What `trl_side.py` finds in a process of its own.
 
     Args:
         python: of TRL's environment.
-        iterations: with each of the settings; the first warms up.
-        settings: pairs of a batch for sampling and of a micro-batch.
-        kept_memory: whether the allocator is set as in this system's processes.
+        iterations: the first warms up.
+        settings: "rollout_batch" and "micro_batch", and whether glibc is set as in the processes of a run here
+            ("kept_memory").
 
     Raises:
         CalledProcessError: TRL failed, or did other work; what it said was printed.
@@ -78,11 +78,12 @@ def run_trl(python: Path, iterations: int, settings: list[tuple[int, int]], *, k
             "kl_coef": config.ppo.kl_coef,
             "iterations": iterations,
             "threads": CORES,
-            "settings": settings,
+            "rollout_batch": settings["rollout_batch"],
+            "micro_batch": settings["micro_batch"],
         }
         (folder / "job.json").write_text(json.dumps(job))
         command = [python, HERE / "trl_side.py", folder / "job.json", folder / "found.json"]
-        variables = {"OMP_NUM_THREADS": str(CORES)} | (KEPT_MEMORY if kept_memory else {})
+        variables = {"OMP_NUM_THREADS": str(CORES)} | (KEPT_MEMORY if settings["kept_memory"] else {})
         done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
         if done.returncode:
             print(done.stdout, done.stderr, file=sys.stderr)
@@ -100,24 +101,23 @@ def run_ours(iterations: int) -> list[float]:
 
 
 def try_settings(python: Path, iterations: int) -> dict[str, Any]:
-    """TRL's seconds an iteration with each of the settings."""
-
-    def measure(settings: list[tuple[int, int]], kept_memory: bool) -> None:
-        found = run_trl(python, iterations, settings, kept_memory=kept_memory)
-        for row in found["rows"]:
-            seconds = {name: spread(row.pop(name)) for name in ("iteration_s", "generate_s")}
-            rows.append(row | {"kept_memory": kept_memory} | seconds)
-            print(f"{row}: {report.said(seconds['iteration_s'])} s an iteration", flush=True)
-        versions.update(found["versions"])
-
+    """TRL's seconds an iteration: with several batches, with several micro-batches and the fastest batch, and with
+    memory kept and the fastest of all."""
     rows: list[dict[str, Any]] = []
-    versions: dict[str, str] = {}
-    measure([(batch, MICRO_BATCHES[2]) for batch in ROLLOUT_BATCHES], False)
+
+    def measure(**settings: Any) -> None:
+        found = run_trl(python, iterations, settings)
+        seconds = {name: spread(found[name]) for name in ("iteration_s", "generate_s")}
+        rows.append(settings | {"versions": found["versions"]} | seconds)
+        print(f"{settings}: {report.said(seconds['iteration_s'])} s an iteration", flush=True)
+
+    for batch in ROLLOUT_BATCHES:
+        measure(rollout_batch=batch, micro_batch=MICRO_BATCHES[0], kept_memory=False)
     batch = fastest(rows)["rollout_batch"]
-    measure([(batch, micro) for micro in MICRO_BATCHES if micro != MICRO_BATCHES[2]], False)
-    best = fastest(rows)
-    measure([(best["rollout_batch"], best["micro_batch"])], True)
-    return {"benchmark": "peer settings", "peer": "trl", "peer_versions": versions, "rows": rows}
+    for micro_batch in MICRO_BATCHES[1:]:
+        measure(rollout_batch=batch, micro_batch=micro_batch, kept_memory=False)
+    measure(rollout_batch=batch, micro_batch=fastest(rows)["micro_batch"], kept_memory=True)
+    return {"benchmark": "peer settings", "peer": "trl", "rows": rows}
 
 
 def fastest(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -128,27 +128,26 @@ def fastest(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def compare(python: Path, blocks: int, iterations: int) -> dict[str, Any]:
     """Blocks of iterations of TRL and of this system in turns."""
     best = fastest(json.loads(SETTINGS.read_text())["rows"])
-    settings = [(best["rollout_batch"], best["micro_batch"])]
+    settings = {name: best[name] for name in ("rollout_batch", "micro_batch", "kept_memory")}
     theirs: list[float] = []
     generate: list[float] = []
     ours: list[float] = []
     ratios: list[float] = []
     for block in range(blocks):
-        found = run_trl(python, iterations, settings, kept_memory=best["kept_memory"])
-        (row,) = found["rows"]
+        found = run_trl(python, iterations, settings)
         seconds = run_ours(iterations)
-        ratio = statistics.median(seconds) / statistics.median(row["iteration_s"])
-        line = f"TRL {report.said(spread(row['iteration_s']))} s, here {report.said(spread(seconds))} s: {ratio:.2f}"
+        ratio = statistics.median(seconds) / statistics.median(found["iteration_s"])
+        line = f"TRL {report.said(spread(found['iteration_s']))} s, here {report.said(spread(seconds))} s: {ratio:.2f}"
         print(f"block {block + 1}: {line}", flush=True)
-        theirs += row["iteration_s"]
-        generate += row["generate_s"]
+        theirs += found["iteration_s"]
+        generate += found["generate_s"]
         ours += seconds
         ratios.append(ratio)
     return {
         "benchmark": "peers",
         "peer": "trl",
         "peer_versions": found["versions"],
-        "peer_settings": {name: best[name] for name in ("rollout_batch", "micro_batch", "kept_memory")},
+        "peer_settings": settings,
         "blocks": blocks,
         "peer_s": spread(theirs),
         "peer_generate_s": spread(generate),

@@ -2,9 +2,9 @@
 
     python benchmarks/trl_side.py job.json found.json
 
-The job names the models, the prompts' tokens, how long responses are, the terms of PPO, threads, how many iterations,
-and the settings to measure: pairs of a batch for sampling and the forward passes after it, and of a micro-batch. A row
-for each pair goes to the second file.
+The job names the models, the prompts' tokens, how long responses are, the weight of the KL divergence, threads, how
+many iterations to run, how many responses are sampled and scored at a time, and those of a micro-batch. Seconds and
+versions go to the second file.
 """
 
 import json
@@ -31,7 +31,7 @@ class Clock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def make_trainer(job: dict[str, Any], rollout_batch: int, micro_batch: int, clock: Clock) -> PPOTrainer:
+def make_trainer(job: dict[str, Any], clock: Clock) -> PPOTrainer:
     """A trainer that does the work of the job and nothing beside it: no evaluation, tables, saving or reports."""
     prompts = job["prompts"]
     tokenizer = AutoTokenizer.from_pretrained(job["policy"])
@@ -39,9 +39,9 @@ def make_trainer(job: dict[str, Any], rollout_batch: int, micro_batch: int, cloc
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     config = PPOConfig(
         output_dir=job["folder"],
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=len(prompts) // micro_batch,
-        local_rollout_forward_batch_size=rollout_batch,
+        per_device_train_batch_size=job["micro_batch"],
+        gradient_accumulation_steps=len(prompts) // job["micro_batch"],
+        local_rollout_forward_batch_size=job["rollout_batch"],
         num_mini_batches=1,
         num_ppo_epochs=1,
         total_episodes=len(prompts) * job["iterations"],
@@ -77,14 +77,14 @@ def make_trainer(job: dict[str, Any], rollout_batch: int, micro_batch: int, cloc
     )
 
 
-def measure(job: dict[str, Any], rollout_batch: int, micro_batch: int) -> dict[str, Any]:
+def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Seconds of every iteration but the first, which warms up, and of the sampling in it.
 
     Raises:
         AssertionError: TRL did other work than it was to do.
     """
     clock, shapes, generate_s, steps = Clock(), [], [], 0
-    trainer = make_trainer(job, rollout_batch, micro_batch, clock)
+    trainer = make_trainer(job, clock)
     sample = ppo_trainer.batch_generation
 
     def watched(*arguments: Any) -> Any:
@@ -114,10 +114,9 @@ def measure(job: dict[str, Any], rollout_batch: int, micro_batch: int) -> dict[s
     if dtypes != {torch.float32}:
         raise AssertionError(f"TRL trained {dtypes}")
     return {
-        "rollout_batch": rollout_batch,
-        "micro_batch": micro_batch,
         "iteration_s": [end - start for start, end in zip(clock.ends, clock.ends[1:], strict=False)],
         "generate_s": generate_s[1:],
+        "versions": {name: metadata.version(name) for name in ("trl", "torch", "transformers", "accelerate")},
     }
 
 
@@ -125,9 +124,7 @@ def main() -> None:
     """Measure what the job asks for."""
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(job["threads"])
-    rows = [measure(job, rollout_batch, micro_batch) for rollout_batch, micro_batch in job["settings"]]
-    versions = {name: metadata.version(name) for name in ("trl", "torch", "transformers", "accelerate")}
-    Path(sys.argv[2]).write_text(json.dumps({"versions": versions, "rows": rows}))
+    Path(sys.argv[2]).write_text(json.dumps(measure(job)))
 
 
 if __name__ == "__main__":
