@@ -180,14 +180,15 @@ def ahead(reports: list[dict[str, Any]]) -> list[str]:
 
 def peers(reports: list[dict[str, Any]]) -> list[str]:
     """Runs of `benchmarks/trl_ppo.py`, a row each."""
-    names = ("workload", "precision", "TRL, s", "its sampling, s", "here, s", "here / TRL")
+    names = ("workload", "precision", "TRL, s", "its sampling, s", "cores it had", "here, s", "here / TRL")
     commands = zip(_commands(reports), reports, strict=True)
     lines = [f"{text}; {_versions(one['peer_versions'])}" for text, one in commands]
     lines += _header(*names)
     for report in reports:
         cells = [report["workload"].upper(), report["dtype"]]
-        cells += [_spread(report[name], "{:.2f}") for name in ("peer_s", "peer_generate_s", "iteration_s")]
-        lines.append("| " + " | ".join([*cells, _spread(report["share_of_peer"], "{:.2f}")]) + " |")
+        figures = ("peer_s", "peer_generate_s", "peer_cores_used", "iteration_s", "share_of_peer")
+        cells += [_spread(report[name], "{:.2f}") for name in figures]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 

@@ -32,8 +32,8 @@ CPU_TORCH = "https://download.pytorch.org/whl/cpu"
 WORKLOAD = "w1"
 CORES = len(os.sched_getaffinity(0))
 # Of TRL: responses that are sampled and scored at a time, and those of a micro-batch, the one to begin with first.
-ROLLOUT_BATCHES = (64, 32, 16)
-MICRO_BATCHES = (16, 64, 8, 4)
+ROLLOUT_BATCHES = (64, 32)
+MICRO_BATCHES = (16, 64, 32, 8)
 
 
 def make_environment(folder: Path) -> Path:
@@ -108,8 +108,9 @@ def try_settings(python: Path, iterations: int) -> dict[str, Any]:
     def measure(**settings: Any) -> None:
         found = run_trl(python, iterations, settings)
         seconds = {name: spread(found[name]) for name in ("iteration_s", "generate_s")}
-        rows.append(settings | {"versions": found["versions"]} | seconds)
-        print(f"{settings}: {report.said(seconds['iteration_s'])} s an iteration", flush=True)
+        rows.append(settings | {name: found[name] for name in ("versions", "cores_used")} | seconds)
+        said = report.said(seconds["iteration_s"])
+        print(f"{settings}: {said} s an iteration, {found['cores_used']:.2f} cores at work", flush=True)
 
     for batch in ROLLOUT_BATCHES:
         measure(rollout_batch=batch, micro_batch=MICRO_BATCHES[0], kept_memory=False)
@@ -133,12 +134,17 @@ def compare(python: Path, blocks: int, iterations: int) -> dict[str, Any]:
     generate: list[float] = []
     ours: list[float] = []
     ratios: list[float] = []
+    cores: list[float] = []
     for block in range(blocks):
         found = run_trl(python, iterations, settings)
         seconds = run_ours(iterations)
         ratio = statistics.median(seconds) / statistics.median(found["iteration_s"])
-        line = f"TRL {report.said(spread(found['iteration_s']))} s, here {report.said(spread(seconds))} s: {ratio:.2f}"
-        print(f"block {block + 1}: {line}", flush=True)
+        print(
+            f"block {block + 1}: TRL {report.said(spread(found['iteration_s']))} s on {found['cores_used']:.2f} cores, "
+            f"here {report.said(spread(seconds))} s: {ratio:.2f}",
+            flush=True,
+        )
+        cores.append(found["cores_used"])
         theirs += found["iteration_s"]
         generate += found["generate_s"]
         ours += seconds
@@ -151,6 +157,7 @@ def compare(python: Path, blocks: int, iterations: int) -> dict[str, Any]:
         "blocks": blocks,
         "peer_s": spread(theirs),
         "peer_generate_s": spread(generate),
+        "peer_cores_used": spread(cores),
         "iteration_s": spread(ours),
         "share_of_peer": spread(ratios),
     }

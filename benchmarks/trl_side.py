@@ -21,14 +21,16 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 
 class Clock(TrainerCallback):
-    """When each iteration ended."""
+    """When each iteration ended, and the CPU time that the process had taken by then."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
+        self.cpu: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """At the end of an iteration."""
         self.ends.append(time.perf_counter())
+        self.cpu.append(time.process_time())
 
 
 def make_trainer(job: dict[str, Any], clock: Clock) -> PPOTrainer:
@@ -78,7 +80,7 @@ def make_trainer(job: dict[str, Any], clock: Clock) -> PPOTrainer:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of every iteration but the first, which warms up, and of the sampling in it.
+    """Seconds of every iteration but the first, which warms up, and of the sampling in it, and cores at work meanwhile.
 
     Raises:
         AssertionError: TRL did other work than it was to do.
@@ -116,6 +118,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "iteration_s": [end - start for start, end in zip(clock.ends, clock.ends[1:], strict=False)],
         "generate_s": generate_s[1:],
+        "cores_used": (clock.cpu[-1] - clock.cpu[0]) / (clock.ends[-1] - clock.ends[0]),
         "versions": {name: metadata.version(name) for name in ("trl", "torch", "transformers", "accelerate")},
     }
 
