@@ -127,7 +127,13 @@ def fastest(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare(python: Path, blocks: int, iterations: int) -> dict[str, Any]:
-    """Blocks of iterations of TRL and of this system in turns."""
+    """Blocks of iterations of TRL and of this system in turns.
+
+    Raises:
+        SystemExit: TRL's settings were not tried.
+    """
+    if not SETTINGS.is_file():
+        raise SystemExit(f"{SETTINGS} is not there, which says TRL's fastest settings; run with --try-settings before")
     best = fastest(json.loads(SETTINGS.read_text())["rows"])
     settings = {name: best[name] for name in ("rollout_batch", "micro_batch", "kept_memory")}
     theirs: list[float] = []
