@@ -97,7 +97,8 @@ def run_ours(iterations: int) -> list[float]:
     with tempfile.TemporaryDirectory(prefix="rlhf-ray-bench-") as folder:
         config = built_in_config(workload, "fp32", Path(folder), iterations, [])
         with this_machine(config):
-            return [row["end_to_end"] for row in run_system(config, workload.requests(seed=0))]
+            rows, _ = run_system(config, workload.requests(seed=0))
+            return [row["end_to_end"] for row in rows]
 
 
 def try_settings(python: Path, iterations: int) -> dict[str, Any]:
