@@ -179,6 +179,8 @@ def ways_of(world: World) -> tuple[int, int]:
 
     def count(actor: Any) -> tuple[int, int]:
         engine = actor._sender._engine
+        if engine._shared is None:  # a rank that gathers alone
+            return 0, 0
         return len(engine._shared._workers), engine._group.size() - 1 if engine._group else 0
 
     return world.on_trainer(count)[0]
