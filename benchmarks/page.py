@@ -90,6 +90,12 @@ of a run. Speeds are known from the runs marked so, which have one engine and fp
 configuration and the lengths of the responses alone. "Middle": 25 million parameters, 32 prompts.
 """
 
+STALENESS = """
+## Learning from stale samples
+
+PLACEHOLDER
+"""
+
 MEMORY = """
 ## Memory
 
@@ -244,6 +250,36 @@ def _versions(found: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
+def staleness(report: dict[str, Any]) -> list[str]:
+    """Runs of `benchmarks/staleness.py`, a row for each kind, over its seeds."""
+    lines = []
+    names = ("`max_staleness`", "corrected", "updates behind, mean", "most", "KL to the sampler, nats a token")
+    names += ("weights cut", "masked", "gold", "learned score", "KL to SFT, nats a reply")
+    for setting in dict.fromkeys(row["setting"] for row in report["rows"]):
+        lines += [f"\nSetting `{setting}`:", *_header(*names)]
+        for row in (one for one in report["rows"] if one["setting"] == setting):
+            training, held_out, stale = row["training"], row["held_out"], row["staleness"] > 0
+            cells = [str(row["staleness"]), "" if not stale else "yes" if row["corrected"] else "no"]
+            cells += [f"{training['staleness_mean']['mean']:.2f}", f"{training['staleness_max']['max']:.0f}"]
+            cells.append(f"{training['off_policy_kl']['mean']:.4f}")
+            cells += [_share(training[name]) for name in ("truncated", "masked")]
+            cells += [
+                _seeds(held_out["gold"], "{:.3f}"),
+                *(_seeds(held_out[name], "{:.2f}") for name in ("score", "kl")),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _share(values: dict[str, float] | None) -> str:
+    return "" if values is None else f"{values['mean']:.1%}"
+
+
+def _seeds(values: dict[str, float], form: str) -> str:
+    """The mean of the seeds, the least and the largest in brackets."""
+    return f"{form.format(values['mean'])} ({form.format(values['min'])} to {form.format(values['max'])})"
+
+
 def _commands(reports: list[dict[str, Any]]) -> list[str]:
     return [f"\n`{one['command']}`, {one['processor']}, commit {one['commit']}" for one in reports]
 
@@ -315,6 +351,8 @@ def page() -> str:
         lines += [*([head.rstrip()] if head else []), *table(found)] if found else []
     if "throughput" in reports:
         lines += [THROUGHPUT.rstrip(), *throughput(reports["throughput"])]
+    if "staleness" in reports:
+        lines += [STALENESS.rstrip(), *staleness(reports["staleness"])]
     lines += [MEMORY.rstrip(), *memory(reports["memory"])]
     return "\n".join(lines) + "\n"
 
