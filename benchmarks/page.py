@@ -263,10 +263,8 @@ def staleness(report: dict[str, Any]) -> list[str]:
             cells += [f"{training['staleness_mean']['mean']:.2f}", f"{training['staleness_max']['max']:.0f}"]
             cells.append(f"{training['off_policy_kl']['mean']:.4f}")
             cells += [_share(training[name]) for name in ("truncated", "masked")]
-            cells += [
-                _seeds(held_out["gold"], "{:.3f}"),
-                *(_seeds(held_out[name], "{:.2f}") for name in ("score", "kl")),
-            ]
+            cells.append(_seeds(held_out["gold"], "{:.3f}"))
+            cells += [_seeds(held_out[name], "{:.2f}") for name in ("score", "kl")]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 

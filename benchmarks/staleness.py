@@ -1,7 +1,7 @@
 """What stale samples do to learning: PPO of the demonstration at several `ppo.max_staleness`, corrected and not.
 
     python benchmarks/staleness.py                             # all runs, then the result and its drawing
-    python benchmarks/staleness.py shipped-s4-plain-seed0 ...  # only these, then what the finished ones say
+    python benchmarks/staleness.py shipped-s4-plain-seed0 ...  # only these, then what all finished ones say
 
 Data, SFT and reward model are made once. A run that is finished is kept, one that was stopped goes on. The seed of a
 run is that of its sampling and its order of prompts; data and models before PPO are the same in all.
@@ -289,6 +289,22 @@ def evaluated(path: Path, *arguments: Any, **options: Any) -> dict[str, float]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def finished(folder: Path, warmup: int) -> list[dict[str, Any]]:
+    """What is known of each run that was made and evaluated."""
+    return [
+        rounded(
+            vars(case)
+            | {
+                "kind": case.kind,
+                "held_out": json.loads((folder / case.name / "held_out.json").read_text(encoding="utf-8")),
+                "curves": read_curves(folder / case.name, warmup),
+            }
+        )
+        for case in all_cases()
+        if (folder / case.name / "held_out.json").is_file()
+    ]
+
+
 def main() -> None:
     """Run what is asked for, then write what all finished runs say."""
     known = {case.name: case for case in all_cases()}
@@ -303,25 +319,15 @@ def main() -> None:
     base = demo_config(CONFIG, folder, 0, files, few_labels=False)
     assert base.ppo is not None
     with connection(base.run.ray_address):
+        around = circumstances(inventory()) | {"command": shlex.join(["python", *sys.argv])}
         models = run_pipeline(base.model_copy(update={"stages": ["sft", "reward"]}))
         sft = evaluated(folder / "sft" / "held_out.json", base, files, models, models["sft"], kl=False)
         for name in options.names or known:
             policy = train_ppo(ppo_config(base, models, known[name], folder / name))
             evaluated(folder / name / "held_out.json", base, files, models, policy)
-        around = circumstances(inventory()) | {"command": shlex.join(["python", *sys.argv])}
-    runs = [
-        vars(case)
-        | {
-            "kind": case.kind,
-            "held_out": json.loads((folder / name / "held_out.json").read_text(encoding="utf-8")),
-            "curves": read_curves(folder / name, base.ppo.critic.warmup_iterations),
-        }
-        for name, case in known.items()
-        if (folder / name / "held_out.json").is_file()
-    ]
-    runs = rounded(runs)
-    write_text(RESULT, report(runs, rounded(sft), around))
-    draw(runs, DRAWING)
+            runs = finished(folder, base.ppo.critic.warmup_iterations)
+            write_text(RESULT, report(runs, rounded(sft), around))
+            draw(runs, DRAWING)
 
 
 if __name__ == "__main__":
