@@ -93,7 +93,19 @@ configuration and the lengths of the responses alone. "Middle": 25 million param
 STALENESS = """
 ## Learning from stale samples
 
-PLACEHOLDER
+PPO of [the demonstration](demo.md) at several `ppo.max_staleness`, with the importance weights of `ppo.importance_cap`
+("corrected") and without (`null`: the clipped ratio is taken against the policy before the update all the same, and
+nothing makes up for the weights that sampled). Data, SFT and reward model are the same in all runs; a seed is that of
+sampling and of the order of prompts. Setting `shipped` is `configs/demo.yaml`; `fast` is the same with five times the
+learning rate of the policy and twice the minibatches, so that weights differ more between two updates. How stale tokens
+were and their mismatch are means after the tenth iteration. The last three columns are of the policy at the end: its
+replies to 1,024 held-out prompts, by the gold score, which trains nothing, by the reward model, and in KL divergence
+from the SFT model. The mean of the seeds, the least and the largest in brackets.
+`python benchmarks/staleness.py` makes the runs that are missing, this table's file and the drawing, whose curves are
+means over the seeds and over three iterations; the first panel shows responses by the weights that sampled them, so
+that the delay itself is left out.
+
+![Learning from stale samples](staleness.svg)
 """
 
 MEMORY = """

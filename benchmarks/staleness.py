@@ -47,7 +47,7 @@ DRAWING = ROOT / "docs" / "staleness.svg"
 # What each setting changes in the demonstration's `ppo` section.
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "shipped": {},
-    "fast": {"policy": {"learning_rate": 1e-3}, "critic": {"learning_rate": 1e-3}, "ppo": {"minibatches": 4}},
+    "fast": {"policy": {"learning_rate": 5e-4}, "ppo": {"minibatches": 4}},
 }
 STALENESS = (0, 1, 2, 4)
 SEEDS = (0, 1)
@@ -227,11 +227,11 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     settings = list(dict.fromkeys(run["setting"] for run in runs))
     panels = (
         ("updates", "gold", "updates of the weights that sampled", "gold score of the responses"),
-        (None, "off_policy_kl", "iteration", "KL (sampled from || trained), nats a token"),
-        (None, "staleness_mean", "iteration", "updates that tokens lag behind, mean"),
+        (None, "off_policy_kl", "iteration", "off-policy KL, nats a token"),
+        (None, "staleness_mean", "iteration", "updates behind, mean"),
     )
     colours = dict(zip(STALENESS, ("#111827", "#0ea5e9", "#f59e0b", "#dc2626"), strict=True))
-    figure = Figure(figsize=(11, 3.3 * len(settings)), layout="constrained")
+    figure = Figure(figsize=(11, 0.8 + 3 * len(settings)), layout="constrained")
     grid = figure.subplots(len(settings), len(panels), squeeze=False)
     for setting, row in zip(settings, grid, strict=True):
         for axes, (x, y, x_label, y_label) in zip(row, panels, strict=True):
