@@ -264,7 +264,8 @@ def _versions(found: dict[str, str]) -> str:
 
 def staleness(report: dict[str, Any]) -> list[str]:
     """Runs of `benchmarks/staleness.py`, a row for each kind, over its seeds."""
-    lines = []
+    before = report["sft"]
+    lines = [*_commands([report]), f"\nThe SFT model: gold {before['gold']:.3f}, learned score {before['score']:.2f}."]
     names = ("`max_staleness`", "corrected", "updates behind, mean", "most", "KL to the sampler, nats a token")
     names += ("weights cut", "masked", "gold", "learned score", "KL to SFT, nats a reply")
     for setting in dict.fromkeys(row["setting"] for row in report["rows"]):

@@ -111,6 +111,30 @@ def test_the_result_is_json_and_the_drawing_one_row_of_panels_a_setting(script: 
     assert drawing.count("<!-- setting: ") == 2 and "4, not corrected" in drawing
 
 
+def test_the_page_has_a_table_for_each_setting_and_a_line_for_each_kind(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    page = importlib.import_module("page")
+    stale = {"staleness_mean": [3.5] * 12, "staleness_max": [4.0] * 12, "off_policy_kl": [0.02] * 12}
+    fresh = {name: [0.0] * 12 for name in stale}
+    weights = {"truncated": [0.01] * 12, "masked": [0.002] * 12}
+    none = {name: [None] * 12 for name in weights}
+    runs = [
+        run_of("shipped-s0", 0, [0.9] * 12, **fresh, **none),
+        run_of("shipped-s0", 1, [0.8] * 12, **fresh, **none),
+        run_of("fast-s4-corrected", 0, [0.7] * 12, **stale, **weights),
+    ]
+    for run in runs:
+        run["held_out"] |= {"score": 1.5, "kl": 4.25}
+    around = {"command": "python x.py", "processor": "a processor", "commit": "abc"}
+    text = "\n".join(page.staleness(json.loads(script.report(runs, {"gold": 0.625, "score": 0.0}, around))))
+    end = "1.50 (1.50 to 1.50) | 4.25 (4.25 to 4.25) |"
+    assert f"| 0 |  | 0.00 | 0 | 0.0000 |  |  | 0.850 (0.800 to 0.900) | {end}" in text
+    assert f"| 4 | yes | 3.50 | 4 | 0.0200 | 1.0% | 0.2% | 0.700 (0.700 to 0.700) | {end}" in text
+    assert text.count("Setting `") == 2 and "The SFT model: gold 0.625" in text
+
+
 def test_figures_have_five_digits(script: ModuleType):
     assert script.rounded({"a": [1 / 3, None, float("nan")], "b": 7, "c": "x"}) == {
         "a": [0.33333, None, None],
