@@ -120,6 +120,8 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="run what a CPU can, with tiny models")
     arguments = parser.parse_args()
     deadline = time.monotonic() + TOTAL_S
+    # What asks this process to end, ends the case under way, too, which is in a session of its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     found = circumstances()
     with tempfile.TemporaryDirectory(prefix="rlhf-ray-gpu-") as folder:
         models = Path(folder)
