@@ -29,8 +29,10 @@ LIVE_PARAMETERS = 1_000_000_000
 LOGIT_TOKENS = 1024
 KEPT_LOGIT_BYTES = 64 * 2**20
 FP32_LOGIT_TOKENS = 128
-# Bytes of a transfer bucket (`rollout/buckets.py`), two of which are under way at a time.
+# Bytes of a transfer bucket (`rollout/buckets.py`); two are under way at a time between GPUs, and on a CPU as many as
+# `rollout/shared_buckets.py` has room for.
 BUCKET_BYTES = 16 * 2**20
+BUCKET_SLOTS = 4
 GPU_BUCKET_BYTES = 64 * 2**20
 # Tokens of one step of vLLM's scheduler: ours on a CPU (`rollout/engine.py`), vLLM's default on a GPU.
 CPU_STEP_TOKENS = 4096
@@ -207,7 +209,7 @@ def trainer(
 
 def _in_transfer(on_gpu: bool) -> float:
     """Bytes of the buckets of a weight transfer, on either side of it."""
-    return 2.0 * (GPU_BUCKET_BYTES if on_gpu else BUCKET_BYTES)
+    return 2.0 * GPU_BUCKET_BYTES if on_gpu else float(BUCKET_SLOTS * BUCKET_BYTES)
 
 
 def _buckets(parameters: float, stage: int, *, on_gpu: bool) -> float:

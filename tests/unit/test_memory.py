@@ -16,7 +16,7 @@ from rlhf_ray.placement.inventory import Node
 from rlhf_ray.placement.memory import GIB, cache_bytes_per_token, estimate, scorer, trainer
 from rlhf_ray.placement.overview import overview, overviews
 from rlhf_ray.placement.shapes import ModelShape, find_shape, shape_from_config
-from rlhf_ray.rollout import buckets, engine
+from rlhf_ray.rollout import buckets, engine, shared_buckets
 
 # 10 million parameters in matrices: a layer of 2.5, an embedding of 5.
 SHAPE = ModelShape(
@@ -271,6 +271,7 @@ def test_from_dict_refuses_what_a_change_makes_wrong():
 
 def test_what_the_estimate_takes_from_modules_that_import_torch_or_ray_is_what_they_do():
     assert memory.BUCKET_BYTES == buckets.BUCKET_BYTES
+    assert memory.BUCKET_SLOTS == shared_buckets.SLOTS
     assert memory.GPU_BUCKET_BYTES == buckets.GPU_BUCKET_BYTES
     assert memory.CPU_STEP_TOKENS == engine.CPU_STEP_TOKENS
     assert memory.LOGIT_TOKENS == logprobs.CHUNK_TOKENS
