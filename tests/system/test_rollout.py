@@ -30,6 +30,7 @@ from rlhf_ray.placement.plan import Plan
 from rlhf_ray.rollout.engine import EngineSpec, SampleRequest
 from rlhf_ray.rollout.pool import RolloutPool, sampling_seed
 from rlhf_ray.runtime.patience import Patience
+from rlhf_ray.runtime.remote import START_TIMEOUT_S
 from rlhf_ray.scoring.scorer import response_sequence
 from rlhf_ray.training.group import TrainerGroup
 from rlhf_ray.training.objectives import LanguageModeling
@@ -579,7 +580,7 @@ def test_an_engine_ends_with_all_its_processes_when_the_workers_of_its_other_nod
 def test_its_successor_serves_and_ends_when_vllms_own_process_does(partitioned: World):
     """vLLM's workers of tensor-parallel engines are in processes of their own, with one between."""
     ((_, up),) = partitioned.pool._joining.values()
-    ray.get(up, timeout=120)
+    ray.get(up, timeout=START_TIMEOUT_S)
     partitioned.transfer()
     assert_sampled_from_the_trainers_weights(partitioned)
     logs = str(partitioned.pool._placement.logs)
