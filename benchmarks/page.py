@@ -62,8 +62,8 @@ TRANSFER = """
 ## Weight transfer
 
 New weights from the trainer to an idle engine, beside one copy of the same bytes within a process. A transfer is all of
-it: the engine stops, receives and loads the buckets, answers the probe, and serves. Most of it is vLLM's own loading,
-which copies each layer into the layout of its kernels; what does not depend on the size is the first row's.
+it: the engine stops, reads the buckets from memory that it shares with the trainer, packs each layer for its kernels,
+answers the probe, and serves. What does not depend on the size is the first row's.
 """
 
 PACKING = """
