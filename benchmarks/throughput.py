@@ -17,6 +17,7 @@ from typing import Any
 
 from rlhf_ray.bench.iteration import WORKLOADS, IterationWorkload, built_in_config, run_system
 from rlhf_ray.bench.random_models import SMALL_LLAMA
+from rlhf_ray.bench.report import without_folder
 from rlhf_ray.bench.workload import Fixed
 from rlhf_ray.config.load import from_dict
 from rlhf_ray.config.ppo import PPOConfig
@@ -79,7 +80,7 @@ def measure(run: Run) -> dict[str, Any]:
     assert shape is not None
     return {
         **asdict(run),
-        "config": config.model_dump(mode="json"),
+        "config": without_folder(config, folder),
         "shape": asdict(shape),
         "prompts": [len(prompt) for prompt in requests.prompts],
         "responses": requests.lengths,

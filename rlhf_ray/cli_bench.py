@@ -93,7 +93,7 @@ def rollout(
         )
         if out is not None:
             settings = {
-                "config": loaded.model_dump(mode="json"),
+                "config": report.without_folder(loaded, folder),
                 "prompts": prompts,
                 "samples": samples,
                 "repeats": repeats,

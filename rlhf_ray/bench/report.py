@@ -201,6 +201,11 @@ def parse_goal(goal: str) -> float:
     raise ConfigError(f"--recommend: found {goal!r}, expected {GOALS}")
 
 
+def without_folder(config: Any, folder: str) -> dict[str, Any]:
+    """A configuration's values, its paths within a folder that is gone after the measurement written without it."""
+    return json.loads(json.dumps(config.model_dump(mode="json")).replace(f"{folder}/", ""))
+
+
 def write(path: Path, report: dict[str, Any]) -> None:
     """Write a report as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
