@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.bench.iteration import WORKLOADS, IterationWorkload, built_in_config, run_system
+from rlhf_ray.bench.iteration import WORKLOADS, IterationWorkload, built_in_config, run_system, this_machine
 from rlhf_ray.bench.random_models import SMALL_LLAMA
 from rlhf_ray.bench.report import without_folder
 from rlhf_ray.bench.workload import Fixed
@@ -61,21 +61,12 @@ RUNS = [
 
 def measure(run: Run) -> dict[str, Any]:
     """Run it; what the estimate may know of it, and what it took."""
-    import ray
-
-    from rlhf_ray.placement.plan import make_plan
-
     workload = ALL[run.workload]
     requests = workload.requests(seed=0)
     with tempfile.TemporaryDirectory(prefix="rlhf-ray-bench-") as folder:
         config = built_in_config(workload, "fp32", Path(folder), run.iterations + 1, run.overrides)
-        ray.init(
-            "local", num_cpus=int(make_plan(config).needed("CPU")) + 1, include_dashboard=False, log_to_driver=False
-        )
-        try:
+        with this_machine(config):
             rows, cells = run_system(config, requests)
-        finally:
-            ray.shutdown()
         shape = find_shape(config.policy.path)
     assert shape is not None
     return {
