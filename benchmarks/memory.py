@@ -46,6 +46,7 @@ from rlhf_ray.placement.shapes import find_shape
 from rlhf_ray.rollout.engine import RolloutEngine, SampleRequest
 from rlhf_ray.runtime.cluster import KEPT_MEMORY
 from rlhf_ray.runtime.patience import Patience
+from rlhf_ray.runtime.supervisor import Supervisor
 from rlhf_ray.scoring.actors import Completion, ModelSpec, ReferenceActor, RewardModelActor
 from rlhf_ray.training.group import TrainerGroup
 from rlhf_ray.training.objectives import LanguageModeling, ValueUpdate
@@ -197,7 +198,7 @@ def measure(cell: Cell, model: str, small: str, logs: Path, *, gpu: bool) -> dic
     spec = TrainerSpec("measured", model, cell.head, section_of(cell), 1e-5, total_steps=10, seed=0, gpu=gpu)
     bundle = {"CPU": 1.0, "GPU": 1.0} if gpu else {"CPU": 1.0}
     with reserve(Plan([dict(bundle)] * cell.ranks, {"policy": list(range(cell.ranks))}), logs) as placement:
-        group = TrainerGroup(spec, placement, "policy", Patience(TIMEOUT_S, TIMEOUT_S))
+        group = TrainerGroup(spec, placement, "policy", Supervisor(logs.parent, Patience(TIMEOUT_S, TIMEOUT_S)))
         try:
             ray.get([actor.__ray_call__.remote(imports, small) for actor in group._actors], timeout=TIMEOUT_S)
             base, _ = peak(group._actors[0], gpu=gpu)

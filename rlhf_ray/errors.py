@@ -54,6 +54,12 @@ class Stalled(EngineError):
     """No answer came in time: something hangs, or its work takes longer than it was given."""
 
 
+class BudgetExhausted(EngineError):
+    """Something failed as often as its budget allows; another try would fail as well."""
+
+    exit_code = 3
+
+
 class StageError(RlhfError):
     """A stage cannot start or continue, such as a run directory that already holds another run."""
 

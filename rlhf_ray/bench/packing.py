@@ -1,6 +1,7 @@
 """`rlhf-ray bench packing`: what responses of different lengths cost a trainer, beside equal ones."""
 
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.driver.groups import trainer_group
 from rlhf_ray.packing import Sequence
 from rlhf_ray.placement.plan import demands
-from rlhf_ray.runtime.patience import patience_of
+from rlhf_ray.runtime.supervisor import supervisor_of
 from rlhf_ray.training.objectives import PolicyUpdate
 
 GROUPS = ("policy",)
@@ -46,7 +47,6 @@ def bench_packing(config: PPOConfig, prompt_tokens: int, response: Lengths, repe
     Raises:
         RlhfError: the cluster is too small, or a process failed.
     """
-    patience = patience_of(config.run)
     count = config.ppo.prompts_per_iteration
     drawn = response.draw(count, np.random.default_rng(0))
     sides = {"drawn": drawn, "equal": [round(sum(drawn) / count)] * count}
@@ -54,8 +54,11 @@ def bench_packing(config: PPOConfig, prompt_tokens: int, response: Lengths, repe
     tokens = {name: sum(map(len, of_side)) for name, of_side in sequences.items()}
     objective = PolicyUpdate(config.ppo.clip_range, config.rollout.temperature, one_step=True)
     rates: dict[str, list[float]] = {name: [] for name in sides}
-    with reserved(config, [demand for demand in demands(config) if demand.name in GROUPS]) as placement:
-        policy = trainer_group(config, placement, "policy", patience)
+    with ExitStack() as stack:
+        wanted = [demand for demand in demands(config) if demand.name in GROUPS]
+        placement = stack.enter_context(reserved(config, wanted))
+        supervisor = stack.enter_context(supervisor_of(config.run, placement.logs))
+        policy = trainer_group(config, placement, "policy", supervisor)
         try:
             policy.start().result()
             for _ in range(repeats + 1):

@@ -28,6 +28,7 @@ from rlhf_ray.rollout.pool import RolloutPool, sampling_seed
 from rlhf_ray.runtime.cluster import connection
 from rlhf_ray.runtime.patience import Patience
 from rlhf_ray.runtime.remote import START_TIMEOUT_S, get
+from rlhf_ray.runtime.supervisor import Supervisor
 from rlhf_ray.stages.models import check_context
 
 logger = logging.getLogger(__name__)
@@ -197,14 +198,16 @@ def _measure(
 @contextmanager
 def _system(config: PPOConfig, spec: EngineSpec, placement: Placement) -> Iterator[Side]:
     # Lengths differ from cell to cell, so that none says how long another may take.
-    pool = RolloutPool(spec, placement, Patience(config.run.timeout_s, config.run.timeout_s))
-    pool.launch()
-    try:
-        pool.start()
-        pool.serve_random_weights()
-        yield System(pool)
-    finally:
-        pool.stop()
+    patience = Patience(config.run.timeout_s, config.run.timeout_s)
+    with Supervisor(placement.logs.parent, patience) as supervisor:
+        pool = RolloutPool(spec, placement, supervisor)
+        pool.launch()
+        try:
+            pool.start()
+            pool.serve_random_weights()
+            yield System(pool)
+        finally:
+            pool.stop()
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from rlhf_ray.rollout.pool import RolloutPool
 from rlhf_ray.runtime.cluster import actor_environment
 from rlhf_ray.runtime.patience import Patience
 from rlhf_ray.runtime.remote import START_TIMEOUT_S, get
+from rlhf_ray.runtime.supervisor import Supervisor
 from rlhf_ray.trajectory import Trajectory, VersionSpan
 
 PROMPT = Fixed(64)
@@ -63,7 +64,7 @@ class SimulatedPool(RolloutPool):
 
     def __init__(self, actors: list[Any], engines: int) -> None:
         nothing: Any = SimpleNamespace()
-        super().__init__(nothing, nothing, Patience(TIMEOUT_S, TIMEOUT_S))
+        super().__init__(nothing, nothing, Supervisor(Path(), Patience(TIMEOUT_S, TIMEOUT_S)))
         self._serving = {rank: actors[rank % len(actors)] for rank in range(engines)}
 
 

@@ -1,6 +1,7 @@
 """`rlhf-ray bench transfer`: how long new weights take to reach the engines, beside one copy of the same bytes."""
 
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import ray
@@ -18,8 +19,8 @@ from rlhf_ray.placement.shapes import find_shape
 from rlhf_ray.rollout.options import check_options
 from rlhf_ray.rollout.pool import RolloutPool
 from rlhf_ray.runtime.cluster import actor_environment
-from rlhf_ray.runtime.patience import patience_of
 from rlhf_ray.runtime.remote import get
+from rlhf_ray.runtime.supervisor import supervisor_of
 
 GROUPS = ("policy", "rollout")
 PROBE = list(range(10, 42))
@@ -63,15 +64,17 @@ def bench_transfer(config: PPOConfig, repeats: int) -> dict[str, Any]:
         RlhfError: vLLM has no such option, the cluster is too small, or a process failed.
     """
     check_options(config.rollout.vllm, gpu=config.rollout.gpus > 0)
-    patience = patience_of(config.run)
     transfers, copies = [], []
-    with reserved(config, [demand for demand in demands(config) if demand.name in GROUPS]) as placement:
+    with ExitStack() as stack:
+        wanted = [demand for demand in demands(config) if demand.name in GROUPS]
+        placement = stack.enter_context(reserved(config, wanted))
         # Beside the GPUs of the policy and the engines, which are reserved whole: Ray hides none from it.
         environment = {"env_vars": actor_environment(config.policy.cpus, config.policy.gpus)}
         actor_class: Any = ray.remote(Copier)
         copier = actor_class.options(num_cpus=0, runtime_env=environment).remote(config.policy.gpus > 0)
-        pool = RolloutPool(engine_spec(config, ()), placement, patience)
-        policy = trainer_group(config, placement, "policy", patience)
+        supervisor = stack.enter_context(supervisor_of(config.run, placement.logs))
+        pool = RolloutPool(engine_spec(config, ()), placement, supervisor)
+        policy = trainer_group(config, placement, "policy", supervisor)
         turns = Turns(config, {"policy": policy}, pool)
         try:
             if not turns.taken:

@@ -15,7 +15,7 @@ from rlhf_ray.placement.plan import make_plan
 from rlhf_ray.rollout.engine import EngineSpec
 from rlhf_ray.rollout.pool import RolloutPool
 from rlhf_ray.runtime.cluster import connection
-from rlhf_ray.runtime.patience import Patience, patience_of
+from rlhf_ray.runtime.supervisor import Supervisor, supervisor_of
 from rlhf_ray.scoring.scorer import Scorer
 from rlhf_ray.tracking.stall import reporting_stalls
 from rlhf_ray.tracking.status import forget
@@ -29,13 +29,15 @@ ENGINE_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 @dataclass
 class Groups:
-    """Policy and critic trainers, rollout engines, the scorers (reference and rewards), and whose turn it is."""
+    """Policy and critic trainers, rollout engines, the scorers (reference and rewards), whose turn it is, and who
+    watches them all."""
 
     policy: TrainerGroup
     critic: TrainerGroup
     rollout: RolloutPool
     scorer: Scorer
     turns: Turns
+    supervisor: Supervisor
 
 
 @contextmanager
@@ -54,19 +56,19 @@ def running_groups(
     with ExitStack() as stack:
         stack.enter_context(connection(config.run.ray_address))
         placement = stack.enter_context(reserve(make_plan(config), logs))
-        patience = patience_of(config.run)
+        supervisor = stack.enter_context(supervisor_of(config.run, logs))
         forget(logs.parent)
         rollout = RolloutPool(
-            engine_spec(config, () if to_the_limit else (tokenizer.eos_token_id,)), placement, patience
+            engine_spec(config, () if to_the_limit else (tokenizer.eos_token_id,)), placement, supervisor
         )
         stack.callback(rollout.stop)
         if not takes_turns(config):
             rollout.launch()
-        policy = trainer_group(config, placement, "policy", patience)
+        policy = trainer_group(config, placement, "policy", supervisor)
         stack.callback(policy.stop)
-        critic = trainer_group(config, placement, "critic", patience)
+        critic = trainer_group(config, placement, "critic", supervisor)
         stack.callback(critic.stop)
-        scorer = Scorer(config, placement, critic, tokenizer, tokenizer_folder, patience)
+        scorer = Scorer(config, placement, critic, tokenizer, tokenizer_folder, supervisor)
         stack.callback(scorer.stop)
         with reporting_stalls(logs.parent):
             for pending in (policy.start(), critic.start()):
@@ -79,7 +81,7 @@ def running_groups(
                 rollout.launch()
             rollout.start()
             rollout.connect(policy)
-            yield Groups(policy, critic, rollout, scorer, turns)
+            yield Groups(policy, critic, rollout, scorer, turns, supervisor)
 
 
 def critic_model(config: PPOConfig) -> str:
@@ -96,7 +98,7 @@ def policy_steps(config: PPOConfig) -> int:
     return trained * config.ppo.epochs * config.ppo.minibatches
 
 
-def trainer_group(config: PPOConfig, placement: Placement, name: str, patience: Patience) -> TrainerGroup:
+def trainer_group(config: PPOConfig, placement: Placement, name: str, supervisor: Supervisor) -> TrainerGroup:
     """The trainer of "policy" or "critic", still to be started."""
     policy = name == "policy"
     section = config.policy if policy else config.critic
@@ -113,7 +115,7 @@ def trainer_group(config: PPOConfig, placement: Placement, name: str, patience: 
         gpu=section.gpus > 0,
         trust_remote_code=config.policy.trust_remote_code,
     )
-    return TrainerGroup(spec, placement, name, patience)
+    return TrainerGroup(spec, placement, name, supervisor)
 
 
 def engine_spec(config: PPOConfig, eos_token_ids: tuple[int, ...]) -> EngineSpec:

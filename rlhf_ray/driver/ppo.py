@@ -81,7 +81,7 @@ class PPOLoop:
         with self._timed("iteration"):
             self._resize()
             with self._timed("wait"):
-                batch = self.rollouts.take(iteration)
+                batch = self.rollouts.take(iteration, meanwhile=self._tend)
             staleness = batch.staleness(self.version, self.config.ppo.max_staleness)
             self.groups.turns.to_trainers()
             with self._timed("advantages"):
@@ -97,6 +97,7 @@ class PPOLoop:
         metrics |= experience.metrics | staleness | self._state_metrics(batch)
         self.kl.update(experience.kl, len(experience.policy))
         self.activity.count_iteration()
+        self.groups.supervisor.budget.renew()
         self.run.log(iteration, metrics, experience.samples)
         self.run.checkpoint_if_due(iteration, self._state(batch), self._save)
         return metrics
@@ -106,6 +107,17 @@ class PPOLoop:
         rollout = self.groups.rollout
         rollout.resize(wanted_engines(self.run.directory.path) or self.config.rollout.engines)
         if rollout.newcomers_ready():
+            self._transfer()
+
+    def _tend(self) -> None:
+        """While responses are waited for: weights for an engine that starts where none serves.
+
+        Raises:
+            ActorDied: a trainer died; whatever is sampled and scored would be thrown away.
+            BudgetExhausted: a process dies again and again.
+        """
+        self.groups.supervisor.check()
+        if self.groups.rollout.wants_weights:
             self._transfer()
 
     def _transfer(self) -> dict[str, float]:

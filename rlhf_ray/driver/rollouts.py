@@ -6,8 +6,8 @@ max_staleness updates older than those that b trains, however long its responses
 """
 
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from rlhf_ray.rollout.pool import sampling_seed
 from rlhf_ray.scoring.scorer import ScoredTrajectory
 from rlhf_ray.tracking.activity import Activity
 from rlhf_ray.trajectory import Trajectory
+
+MEANWHILE_EVERY_S = 0.5
 
 
 @dataclass
@@ -91,12 +93,20 @@ class Rollouts:
             if coming not in self._ahead:
                 self._ahead[coming] = self._threads.submit(self._make, coming, *self._draw())
 
-    def take(self, iteration: int) -> Batch:
-        """Wait for the batch of an iteration; its predecessors were taken before."""
+    def take(self, iteration: int, meanwhile: Callable[[], None]) -> Batch:
+        """Wait for the batch of an iteration; its predecessors were taken before.
+
+        Args:
+            iteration: which.
+            meanwhile: called again and again in between; what it raises ends the wait.
+        """
         self.admit(iteration)
-        if iteration in self._ahead:
-            return self._ahead.pop(iteration).result()  # every wait in that thread has a deadline of its own
-        return self._make(iteration, *self._draw())
+        if iteration not in self._ahead:
+            self._ahead[iteration] = self._threads.submit(self._make, iteration, *self._draw())
+        batch = self._ahead.pop(iteration)
+        while not wait([batch], MEANWHILE_EVERY_S).done:  # every wait in that thread has a deadline of its own
+            meanwhile()
+        return batch.result()
 
     def _draw(self) -> tuple[list[Prompt], dict[str, Any], float]:
         prompts = [self._prompts[i] for i in self.order.next(self._config.ppo.prompts_per_iteration)]

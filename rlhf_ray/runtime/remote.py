@@ -5,12 +5,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from rlhf_ray.errors import ActorDied, EngineError, RlhfError, Stalled
 from rlhf_ray.runtime.patience import Patience
 
 START_TIMEOUT_S = 300.0  # for an actor's process to exist and import its libraries
+# Whoever worked with a process that died may report a broken connection before Ray reports the death.
+DEATH_SHOWS_WITHIN_S = 5.0
+DEATHS = (RayActorError, NodeDiedError, ObjectLostError, LocalRayletDiedError, WorkerCrashedError)
 
 
 def get(ref: Any, what: str, timeout_s: float) -> Any:
@@ -23,8 +35,8 @@ def get(ref: Any, what: str, timeout_s: float) -> Any:
 
     Raises:
         Stalled: the deadline passed.
-        ActorDied: an actor's process ended.
-        EngineError: an actor raised something else.
+        ActorDied: an actor's process ended, or its node did; of several answers this counts before what others raised.
+        EngineError: an actor raised something else, also while it was created.
         RlhfError: an actor raised this package's own error; it arrives as it was raised.
     """
     started = time.monotonic()
@@ -37,16 +49,33 @@ def get(ref: Any, what: str, timeout_s: float) -> Any:
             "much quicker before"
         ) from None
     except RayTaskError as error:
+        if isinstance(ref, list) and (death := _death(ref)):
+            raise ActorDied(f"{what}: the actor died: {facts(death)}") from None
         cause = error.cause
         if isinstance(cause, RlhfError):
             raise cause from None
         raise EngineError(f"{what}: failed after {time.monotonic() - started:.1f} s\n{error}") from error
-    except RayActorError as error:
+    except DEATHS as error:
+        if isinstance(error, RayActorError) and error.actor_init_failed:
+            raise EngineError(f"{what}: {error}") from error  # it raised, and would do so again
         raise ActorDied(
-            f"{what}: the actor died after {time.monotonic() - started:.1f} s of waiting: {_facts(error)}"
+            f"{what}: the actor died after {time.monotonic() - started:.1f} s of waiting: {facts(error)}"
         ) from None
     except RayError as error:
         raise EngineError(f"{what}: {error}") from error
+
+
+def _death(refs: list[Any]) -> RayError | None:
+    """The death of one of several actors that work together, one of which has raised something; None without any."""
+    done, _ = ray.wait(refs, num_returns=len(refs), timeout=DEATH_SHOWS_WITHIN_S)
+    for ref in done:
+        try:
+            ray.get(ref)
+        except DEATHS as error:
+            return error
+        except RayError:
+            continue
+    return None
 
 
 @dataclass
@@ -70,6 +99,6 @@ class Answer:
         return value
 
 
-def _facts(error: RayActorError) -> str:
+def facts(error: RayError) -> str:
     """What Ray knows of a death, on one line: who, where and how, without its guesses at causes."""
     return " ".join(str(error).partition("Some common causes")[0].split())

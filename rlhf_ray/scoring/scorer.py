@@ -3,9 +3,9 @@
 import logging
 import math
 import threading
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -19,8 +19,8 @@ from rlhf_ray.models.reading import StateValues
 from rlhf_ray.names import on_disk
 from rlhf_ray.packing import Sequence
 from rlhf_ray.placement.groups import Placement
-from rlhf_ray.runtime.patience import Patience
-from rlhf_ray.runtime.remote import START_TIMEOUT_S, Answer, get
+from rlhf_ray.runtime.remote import START_TIMEOUT_S, get
+from rlhf_ray.runtime.supervisor import Supervisor
 from rlhf_ray.scoring.actors import (
     Completion,
     ModelSpec,
@@ -28,6 +28,7 @@ from rlhf_ray.scoring.actors import (
     RewardFunctionActor,
     RewardModelActor,
 )
+from rlhf_ray.scoring.replicas import Asked, Replicas
 from rlhf_ray.training.group import PendingForward, TrainerGroup
 from rlhf_ray.trajectory import Trajectory
 
@@ -60,9 +61,9 @@ class _Chunk:
 
     trajectories: list[Trajectory]
     texts: list[str]
-    reference: Answer
+    reference: Asked
     values: PendingForward | None
-    models: dict[str, Answer] = field(default_factory=dict)
+    models: dict[str, Asked] = field(default_factory=dict)
     functions: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # name -> actor, its answer
 
 
@@ -97,24 +98,26 @@ class Scorer:
         critic: TrainerGroup,
         tokenizer: Any,
         tokenizer_path: str,
-        patience: Patience,
+        supervisor: Supervisor,
     ) -> None:
         self._config = config
         self._placement = placement
         self._critic = critic
         self._tokenizer = tokenizer
-        self._patience = patience
+        self._supervisor = supervisor
         self._turn = 0
         self._replacing = threading.Lock()
         reward = config.reward
         spec = _model_spec(config, config.policy.path, config.reference.gpus)
-        self._references = self._replicas("reference", ReferenceActor, spec, config.rollout.temperature)
+        phase = "reference: log-probabilities"
+        self._references = self._replicas("reference", phase, ReferenceActor, spec, config.rollout.temperature)
         names = list(reward_names(config))
         self._models = {}
         for name, item in zip(names, reward.models, strict=False):
             spec = _model_spec(config, item.path, reward.gpus)
             self._models[name] = self._replicas(
                 "reward",
+                f"reward {name}: scores",
                 RewardModelActor,
                 spec,
                 tokenizer_path,
@@ -124,21 +127,19 @@ class Scorer:
         self._function_items = dict(zip(names[len(reward.models) :], reward.functions, strict=True))
         self._functions = {name: self._function(name, item) for name, item in self._function_items.items()}
         self._function_loads = {name: actor.load.remote() for name, actor in self._functions.items()}
-        self._model_loads = [
-            actor.load.remote() for replicas in [self._references, *self._models.values()] for actor in replicas
-        ]
 
-    def _replicas(self, group: str, actor: type, *args: Any, among: tuple[str, int] = ("", 1)) -> list[Any]:
+    def _replicas(self, group: str, phase: str, actor: type, *args: Any, among: tuple[str, int] = ("", 1)) -> Replicas:
         """One actor a process of the group; several reward models share each process's resources.
 
         Args:
             group: the group.
-            actor: its class.
+            phase: what they do, in words.
+            actor: their class.
             args: what its constructor takes.
             among: the model's own name, and of how many it is one.
         """
         own, shared = among
-        actors: list[Any] = []
+        starts: dict[str, Callable[[], Any]] = {}
         for rank in range(len(self._placement.order[group])):
             options = self._placement.options(group, rank)
             if shared > 1:
@@ -147,8 +148,8 @@ class Scorer:
                 options["num_gpus"] /= shared
                 resources = options["num_cpus"], options["num_gpus"]
                 options["runtime_env"] = {"env_vars": self._placement.environment(options["name"], *resources, group)}
-            actors.append(ray.remote(actor).options(**options).remote(*args))
-        return actors
+            starts[options["name"]] = partial(ray.remote(actor).options(**options).remote, *args)
+        return Replicas(phase, starts, self._supervisor)
 
     def _function(self, name: str, item: RewardFunctionItem) -> Any:
         # Functions are cheap or wait for something else; they run beside the groups and take no share of them.
@@ -160,8 +161,9 @@ class Scorer:
 
     def start(self) -> None:
         """Wait until every scorer is up."""
-        loads = [*self._model_loads, *self._function_loads.values()]
-        get(loads, "reference and reward actors: start-up", START_TIMEOUT_S)
+        for replicas in (self._references, *self._models.values()):
+            replicas.start()
+        get(list(self._function_loads.values()), "reward functions: start-up", START_TIMEOUT_S)
 
     def score(
         self, stream: Iterable[list[Trajectory]], prompts: Mapping[str, Prompt], *, with_values: bool
@@ -179,7 +181,7 @@ class Scorer:
 
         Raises:
             RewardError: a reward model or function failed and the configuration does not exclude such samples.
-            EngineError: a scorer died or did not answer in time.
+            BudgetExhausted: a scorer dies, or does not answer in time, again and again.
         """
         chunks: list[_Chunk] = []
         waiting: list[Trajectory] = []
@@ -212,11 +214,11 @@ class Scorer:
         chunk = _Chunk(
             trajectories,
             texts,
-            reference=self._answer(self._references, "reference: log-probabilities", sequences),
+            reference=self._references.ask(self._turn, sequences),
             values=self._critic.forward(sequences, StateValues()) if with_values else None,
         )
         for name, replicas in self._models.items():
-            chunk.models[name] = self._answer(replicas, f"reward {name}: scores", shared_completions)
+            chunk.models[name] = replicas.ask(self._turn, shared_completions)
         if self._functions:
             ids = [t.response_ids for t in trajectories]
             rows = [prompts[t.uid].row for t in trajectories]
@@ -224,10 +226,6 @@ class Scorer:
             for name, actor in self._functions.items():
                 chunk.functions[name] = (actor, actor.score.remote(shared_completions, ids, columns))
         return chunk
-
-    def _answer(self, replicas: list[Any], phase: str, *args: Any) -> Answer:
-        """The scores of the replica whose turn it is."""
-        return Answer(replicas[self._turn % len(replicas)].score.remote(*args), phase, self._patience)
 
     def _collect(self, chunk: _Chunk, prompts: Mapping[str, Prompt]) -> list[ScoredTrajectory]:
         reference = chunk.reference.result()
@@ -284,17 +282,16 @@ class Scorer:
         with self._replacing:
             if self._functions[name] is not actor:
                 return
-            ray.kill(actor)
-            with suppress(EngineError):  # its name is free once it is gone
-                get(actor.load.remote(), f"reward function {name}: end", timeout_s=10)
+            self._supervisor.end(f"reward-{name}", actor)
             self._functions[name] = self._function(name, self._function_items[name])
             self._function_loads[name] = self._functions[name].load.remote()
 
     def stop(self) -> None:
         """End the actors at once."""
-        models = [actor for replicas in self._models.values() for actor in replicas]
-        for actor in [*self._references, *models, *self._functions.values()]:
-            ray.kill(actor)
+        for replicas in (self._references, *self._models.values()):
+            replicas.stop()
+        for name, actor in self._functions.items():
+            self._supervisor.kill(f"reward-{name}", actor)
 
 
 def response_sequence(trajectory: Trajectory) -> Sequence:

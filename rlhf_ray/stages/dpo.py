@@ -11,6 +11,7 @@ from rlhf_ray.names import on_disk
 from rlhf_ray.packing import Sequence
 from rlhf_ray.stages.models import check_context, prepare_tokenizer
 from rlhf_ray.stages.preferences import pair_examples, read_pairs
+from rlhf_ray.stages.restarts import starts_again
 from rlhf_ray.stages.run import finished_model, open_run
 from rlhf_ray.stages.training import (
     Examples,
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 REFERENCE_CHUNK = 4096
 
 
+@starts_again
 def train_dpo(config: DPOConfig) -> Path:
     """Train a policy on preference pairs; returns the folder of the result.
 

@@ -16,12 +16,14 @@ from rlhf_ray.packing import Sequence
 from rlhf_ray.rollout.options import check_options
 from rlhf_ray.scoring.actors import import_function
 from rlhf_ray.stages.models import check_context, prepare_tokenizer
+from rlhf_ray.stages.restarts import starts_again
 from rlhf_ray.stages.run import finished_model, open_run
 from rlhf_ray.stages.training import paths
 
 logger = logging.getLogger(__name__)
 
 
+@starts_again
 def train_ppo(config: PPOConfig) -> Path:
     """Train the policy against its rewards; returns the folder of the result.
 

@@ -20,6 +20,7 @@ from rlhf_ray.models.reading import SequenceScores
 from rlhf_ray.models.saving import ModelCard
 from rlhf_ray.stages.models import check_context, prepare_model, prepare_tokenizer
 from rlhf_ray.stages.preferences import pair_examples, pair_texts, read_pairs
+from rlhf_ray.stages.restarts import starts_again
 from rlhf_ray.stages.run import Run, finished_model, open_run
 from rlhf_ray.stages.training import (
     Examples,
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 NORMALIZATION_PAIRS = 1024
 
 
+@starts_again
 def train_reward_model(config: RewardConfig) -> Path:
     """Train a reward model on preference pairs; returns the folder of the result.
 

@@ -10,6 +10,7 @@ from rlhf_ray.data.formats import Content
 from rlhf_ray.data.readers import Rows
 from rlhf_ray.models.saving import ModelCard
 from rlhf_ray.stages.models import check_context, prepare_model, prepare_tokenizer
+from rlhf_ray.stages.restarts import starts_again
 from rlhf_ray.stages.run import finished_model, open_run
 from rlhf_ray.stages.training import (
     Examples,
@@ -26,6 +27,7 @@ from rlhf_ray.training.trainer import TrainerSpec
 logger = logging.getLogger(__name__)
 
 
+@starts_again
 def train_sft(config: SFTConfig) -> Path:
     """Fine-tune a language model on demonstrations; returns the folder of the result.
 

@@ -16,7 +16,7 @@ from rlhf_ray.packing import Sequence
 from rlhf_ray.placement.groups import reserve
 from rlhf_ray.placement.plan import make_plan
 from rlhf_ray.runtime.cluster import connection
-from rlhf_ray.runtime.patience import patience_of
+from rlhf_ray.runtime.supervisor import supervisor_of
 from rlhf_ray.stages.run import Run
 from rlhf_ray.tracking.stall import reporting_stalls
 from rlhf_ray.tracking.status import forget
@@ -67,13 +67,14 @@ def trainer_group(config: OfflineConfig, run: Run, spec: TrainerSpec) -> Iterato
         )
     with connection(config.run.ray_address), reserve(make_plan(config), run.directory.logs) as placement:
         forget(run.directory.path)
-        trainer = TrainerGroup(spec, placement, "group", patience_of(config.run))
-        try:
-            with reporting_stalls(run.directory.path):
-                trainer.start().result()
-                yield trainer
-        finally:
-            trainer.stop()
+        with supervisor_of(config.run, run.directory.logs) as supervisor:
+            trainer = TrainerGroup(spec, placement, "group", supervisor)
+            try:
+                with reporting_stalls(run.directory.path):
+                    trainer.start().result()
+                    yield trainer
+            finally:
+                trainer.stop()
 
 
 def num_steps(examples: int, epochs: float, batch_size: int) -> int:

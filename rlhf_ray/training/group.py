@@ -9,8 +9,10 @@ from torch import Tensor
 
 from rlhf_ray.packing import PackedBatch, Sequence, pack, partition
 from rlhf_ray.placement.groups import Placement
+from rlhf_ray.runtime.lifecycle import Event
 from rlhf_ray.runtime.patience import Patience
 from rlhf_ray.runtime.remote import START_TIMEOUT_S, Answer, get
+from rlhf_ray.runtime.supervisor import Supervisor
 from rlhf_ray.training.actor import TrainerActor
 from rlhf_ray.training.trainer import Objective, Reader, TrainerSpec
 
@@ -18,28 +20,31 @@ from rlhf_ray.training.trainer import Objective, Reader, TrainerSpec
 class TrainerGroup:
     """Data-parallel ranks of one model. Methods that start work return at once, with an `Answer`."""
 
-    def __init__(self, spec: TrainerSpec, placement: Placement, group: str, patience: Patience) -> None:
+    def __init__(self, spec: TrainerSpec, placement: Placement, group: str, supervisor: Supervisor) -> None:
         self.spec = spec
-        self._patience = patience
+        self._supervisor = supervisor
+        self._patience = patience = supervisor.patience
         # A shared file system that was quick may be slow when all jobs save at once.
         self._files = Patience(patience.ceiling_s, patience.ceiling_s)
         self.token_budget = spec.section.micro_batch_tokens
         world_size = len(placement.order[group])
         actor = ray.remote(TrainerActor)
-        self._actors: list[Any] = [
-            actor.options(**placement.options(group, rank)).remote(spec, rank, world_size, patience.ceiling_s)
-            for rank in range(world_size)
-        ]
+        self._actors: list[Any] = []
+        for rank in range(world_size):
+            options = placement.options(group, rank)
+            self._actors.append(actor.options(**options).remote(spec, rank, world_size, patience.ceiling_s))
+            supervisor.watch(options["name"], self._actors[-1])
+        self._names = [f"{group}-{rank}" for rank in range(world_size)]
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
         return len(self._actors)
 
-    def start(self) -> Answer:
+    def start(self) -> "PendingStart":
         """Let the ranks meet and load the model."""
         address = get(self._actors[0].listen.remote(), f"{self.spec.name} trainer: process start", START_TIMEOUT_S)
-        return self._on_all("setup", "loading the model", *address)
+        return PendingStart(self._on_all("setup", "loading the model", *address), self._supervisor, self._names)
 
     def _on_all(self, method: str, what: str, *args: Any, patience: Patience | None = None) -> Answer:
         refs = [getattr(actor, method).remote(*args) for actor in self._actors]
@@ -109,8 +114,24 @@ class TrainerGroup:
 
     def stop(self) -> None:
         """End the actors at once."""
-        for actor in self._actors:
-            ray.kill(actor)
+        for name, actor in zip(self._names, self._actors, strict=True):
+            self._supervisor.retire(name)
+            self._supervisor.kill(name, actor)
+
+
+@dataclass
+class PendingStart:
+    """Ranks that load their model."""
+
+    pending: Answer
+    supervisor: Supervisor
+    names: list[str]
+
+    def result(self) -> None:
+        """Wait until all have."""
+        self.pending.result()
+        for name in self.names:
+            self.supervisor.note(name, Event.LOADED)
 
 
 @dataclass

@@ -7,7 +7,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -31,6 +31,7 @@ from rlhf_ray.rollout.engine import EngineSpec, SampleRequest
 from rlhf_ray.rollout.pool import RolloutPool, sampling_seed
 from rlhf_ray.runtime.patience import Patience
 from rlhf_ray.runtime.remote import START_TIMEOUT_S
+from rlhf_ray.runtime.supervisor import Supervisor
 from rlhf_ray.scoring.scorer import response_sequence
 from rlhf_ray.training.group import TrainerGroup
 from rlhf_ray.training.objectives import LanguageModeling
@@ -139,11 +140,13 @@ def running(
         nodes=nodes,
     )
     spec = TrainerSpec("policy", model, "causal", TrainingSection(**training), 3e-3, total_steps=100, seed=0)
-    with reserve(plan, logs) as reserved:
+    with ExitStack() as stack:
+        reserved = stack.enter_context(reserve(plan, logs))
         placement = Named(**vars(reserved))
-        pool = RolloutPool(engine, placement, Patience(TIMEOUT_S, TIMEOUT_S))
+        supervisor = stack.enter_context(Supervisor(logs.parent, Patience(TIMEOUT_S, TIMEOUT_S)))
+        pool = RolloutPool(engine, placement, supervisor)
         pool.launch()
-        trainer = TrainerGroup(spec, placement, "policy", Patience(TIMEOUT_S, TIMEOUT_S))
+        trainer = TrainerGroup(spec, placement, "policy", supervisor)
         try:
             trainer.start().result()
             pool.start()

@@ -20,6 +20,7 @@ from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.placement.groups import reserve
 from rlhf_ray.placement.plan import make_plan
 from rlhf_ray.runtime.patience import Patience
+from rlhf_ray.runtime.supervisor import Supervisor
 from rlhf_ray.scoring.actors import RewardFunctionActor
 from rlhf_ray.scoring.scorer import ScoredTrajectory, Scorer, reward_names
 from rlhf_ray.training.group import TrainerGroup
@@ -78,10 +79,13 @@ def setup(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     )
     spec = TrainerSpec("critic", reward, "scalar", config.training, 1e-3, total_steps=1, seed=0)
     (folder / "run" / "logs").mkdir(parents=True)
-    with reserve(make_plan(config), folder / "run" / "logs") as placement:
-        patience = Patience(TIMEOUT_S, TIMEOUT_S)
-        critic = TrainerGroup(spec, placement, "critic", patience)
-        scorer = Scorer(config, placement, critic, make_tokenizer(), policy, patience)
+    patience = Patience(TIMEOUT_S, TIMEOUT_S)
+    with (
+        reserve(make_plan(config), folder / "run" / "logs") as placement,
+        Supervisor(folder / "run", patience) as supervisor,
+    ):
+        critic = TrainerGroup(spec, placement, "critic", supervisor)
+        scorer = Scorer(config, placement, critic, make_tokenizer(), policy, supervisor)
         try:
             critic.start().result()
             scorer.start()

@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf_ray.placement.groups import reserve
 from rlhf_ray.placement.plan import Plan
 from rlhf_ray.runtime.patience import Patience
+from rlhf_ray.runtime.supervisor import Supervisor
 from rlhf_ray.training.group import TrainerGroup
 from rlhf_ray.training.trainer import TrainerSpec
 
@@ -25,7 +26,8 @@ class Ranks:
         name = f"{folder.name}-{world_size}"
         plan = Plan([{"CPU": 0.25}] * world_size, {name: list(range(world_size))})
         placement = stack.enter_context(reserve(plan, folder))
-        self.group = TrainerGroup(spec, placement, name, Patience(TIMEOUT_S, TIMEOUT_S))
+        supervisor = stack.enter_context(Supervisor(folder.parent, Patience(TIMEOUT_S, TIMEOUT_S)))
+        self.group = TrainerGroup(spec, placement, name, supervisor)
         stack.callback(self.group.stop)
         self.group.start().result()
 

@@ -9,6 +9,8 @@ import pytest
 from rlhf_ray.errors import EngineError
 from rlhf_ray.rollout.engine import SampleRequest
 from rlhf_ray.rollout.pool import RolloutPool
+from rlhf_ray.runtime.patience import Patience
+from rlhf_ray.runtime.supervisor import Supervisor
 
 
 @pytest.mark.parametrize(
@@ -37,17 +39,22 @@ def test_who_leaves_and_who_starts(
     nothing: Any = None
     released: list[int] = []
     placement: Any = SimpleNamespace(logs=tmp_path / "logs", release=lambda name, rank: released.append(rank))
-    pool = RolloutPool(nothing, placement, nothing)
+    pool = RolloutPool(nothing, placement, idle_supervisor())
     pool._serving = {rank: f"engine {rank}" for rank in serving}
     pool._joining = {rank: (f"engine {rank}", nothing) for rank in joining}
     ended: list[str] = []
     begun: list[int] = []
-    monkeypatch.setattr(pool, "_end", ended.append)
+    monkeypatch.setattr(pool, "_end", lambda rank, engine: ended.append(engine))
     monkeypatch.setattr(pool, "_start_beside", begun.append)
     pool.resize(count)
     assert (released, ended) == (left, [f"engine {rank}" for rank in left])
     assert begun == started
     assert sorted({*pool._serving, *pool._joining}) == sorted({*serving, *joining} - {*left})
+
+
+def idle_supervisor() -> Supervisor:
+    """One that watches nothing."""
+    return Supervisor(Path(), Patience(1.0, 1.0))
 
 
 class Remembering:
@@ -64,7 +71,7 @@ class Remembering:
 
 def test_each_prompt_goes_to_the_engine_with_the_fewest_tokens_to_do():
     nothing: Any = None
-    pool = RolloutPool(nothing, nothing, nothing)
+    pool = RolloutPool(nothing, nothing, idle_supervisor())
     engines = [Remembering(), Remembering()]
     pool._serving = dict(enumerate(engines))
 
@@ -91,7 +98,7 @@ def test_each_prompt_goes_to_the_engine_with_the_fewest_tokens_to_do():
 def test_what_a_dead_engine_owed_goes_to_the_others_once():
     placement: Any = SimpleNamespace(logs=Path("logs"))
     nothing: Any = None
-    pool = RolloutPool(nothing, placement, nothing)
+    pool = RolloutPool(nothing, placement, idle_supervisor())
     engines = [Remembering(), Remembering()]
     pool._serving = dict(enumerate(engines))
     streams = pool._send([SampleRequest(uid, 0, [1], 0, 1.0, 10) for uid in "abc"])
