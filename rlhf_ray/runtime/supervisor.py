@@ -36,6 +36,7 @@ from rlhf_ray.tracking.stall import write_report
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
+ASK_EVERY_S = 2.0
 SUSPECT_AFTER_S = 5.0
 DRIVER = "driver"
 GONE_TIMEOUT_S = 10.0
@@ -50,8 +51,9 @@ class _Watched:
     Attributes:
         lost: told when it dies, in a thread of its own; None where its death ends the run's wait.
         answer: the call under way to it; None when it has answered the last one.
+        answered: when it has answered last.
         word: what it has written last; the first one seen may be of the process that had its name before.
-        heard: when it has written or answered last; None before its first word.
+        heard: when it has written or answered last; None before its first word, which comes with its first work.
         since: when it came into its state.
     """
 
@@ -59,6 +61,7 @@ class _Watched:
     life: Life
     lost: Lost | None
     answer: Any = None
+    answered: float = 0.0
     word: str | None = None
     heard: float | None = None
     since: float = field(default_factory=time.monotonic)
@@ -78,6 +81,7 @@ class Supervisor:
         self._run_dir = run_dir
         self._watched: dict[str, _Watched] = {}
         self._lock = threading.RLock()
+        self._killed: set[str] = set()
         self._lost: RlhfError | None = None  # the first death that nobody makes up for
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
@@ -87,8 +91,12 @@ class Supervisor:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Watch no more, and wait until the names of all that were ended are free for another start."""
         self._closed.set()
         self._thread.join()
+        deadline = time.monotonic() + GONE_TIMEOUT_S
+        for name in self._killed:
+            _await_free(name, deadline)
 
     def watch(self, name: str, actor: Any, *, engine: bool = False, lost: Lost | None = None) -> None:
         """Watch a process that was just started, or the successor of one that died.
@@ -150,6 +158,7 @@ class Supervisor:
 
         Ray asks the process itself to end, which one that is stopped never does: it gets the signal, too.
         """
+        self._killed.add(name)
         with suppress(RayError):
             ray.kill(actor)
         told = self._told(name)
@@ -166,11 +175,7 @@ class Supervisor:
         self.kill(name, actor)
         with suppress(EngineError):
             get(actor.__ray_ready__.remote(), f"{name}: its end", GONE_TIMEOUT_S)
-        deadline = time.monotonic() + GONE_TIMEOUT_S
-        with suppress(ValueError):  # nobody has the name
-            while time.monotonic() < deadline:
-                ray.get_actor(name)
-                time.sleep(0.05)
+        _await_free(name, time.monotonic() + GONE_TIMEOUT_S)
 
     def _watch(self) -> None:
         while not self._closed.wait(LOOK_EVERY_S):
@@ -183,23 +188,25 @@ class Supervisor:
                 logger.debug("the supervisor could not look", exc_info=True)
 
     def _listen(self, under_watch: dict[str, _Watched]) -> None:
-        """Take the answers that have come, and the words that were written."""
-        for one in under_watch.values():
-            if one.answer is None:
-                one.answer = one.actor.__ray_ready__.remote()
-        asked = {one.answer: name for name, one in under_watch.items()}
-        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0, fetch_local=False) if asked else ([], [])
+        """Take the answers that have come, and the words of those that are too busy to answer."""
         now = time.monotonic()
+        for one in under_watch.values():
+            if one.answer is None and now - one.answered >= ASK_EVERY_S:
+                one.answer = one.actor.__ray_ready__.remote()
+        asked = {one.answer: name for name, one in under_watch.items() if one.answer is not None}
+        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0, fetch_local=False) if asked else ([], [])
         for ref in ready:
             name = asked[ref]
             one = under_watch[name]
-            one.answer = None
+            one.answer, one.answered = None, now
             try:
                 ray.get(ref)
                 one.heard = now if one.heard is not None else None
             except RayActorError as error:
                 self._died(name, one, f"{name}: the actor died: {facts(error)}")
         for name, one in under_watch.items():
+            if one.answer is None and one.heard is not None:
+                continue  # it has just answered
             word = self._word(name)
             if word is not None and word != one.word:
                 one.word, one.heard = word, now
@@ -267,6 +274,14 @@ class Supervisor:
 def supervisor_of(run: RunSection, logs: Path) -> Supervisor:
     """That of a run, from its configuration and the folder of its logs."""
     return Supervisor(logs.parent, patience_of(run))
+
+
+def _await_free(name: str, deadline: float) -> None:
+    """Wait until no actor has the name, which Ray's head learns a little after its end."""
+    with suppress(ValueError, RayError):  # nobody has it, or Ray itself is gone
+        while time.monotonic() < deadline:
+            ray.get_actor(name)
+            time.sleep(0.05)
 
 
 def _signal(process: int, name: str) -> None:

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rlhf_ray.placement.plan import make_plan
 from rlhf_ray.runtime.cluster import connection
 from rlhf_ray.runtime.supervisor import supervisor_of
 from rlhf_ray.stages.run import Run
+from rlhf_ray.tracking.activity import Activity
 from rlhf_ray.tracking.stall import reporting_stalls
 from rlhf_ray.tracking.status import forget
 from rlhf_ray.training.group import TrainerGroup
@@ -67,7 +68,10 @@ def trainer_group(config: OfflineConfig, run: Run, spec: TrainerSpec) -> Iterato
         )
     with connection(config.run.ray_address), reserve(make_plan(config), run.directory.logs) as placement:
         forget(run.directory.path)
-        with supervisor_of(config.run, run.directory.logs) as supervisor:
+        with (
+            closing(Activity("driver", run.directory.path)),
+            supervisor_of(config.run, run.directory.logs) as supervisor,
+        ):
             trainer = TrainerGroup(spec, placement, "group", supervisor)
             try:
                 with reporting_stalls(run.directory.path):
