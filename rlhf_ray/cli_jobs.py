@@ -80,7 +80,7 @@ def submit(
 
     client = JobClient(address)
     # Ray kills a job three seconds after it was asked to stop; a run needs its step's time to write a checkpoint.
-    environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(round(resolved.run.timeout_s)), **secrets}
+    environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(round(resolved.run.grace_s)), **secrets}
     metadata = {"kind": kind, "run_dir": resolved.run.dir, "rlhf_ray": __version__}
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "package.zip"

@@ -36,7 +36,6 @@ _EXPECTED = {
     "bool_type": "true or false",
     "string_type": "text",
     "list_type": "a list",
-    "tuple_type": "a list",
     "dict_type": "a mapping",
     "model_type": "a section (a mapping of keys)",
     "finite_number": "a finite number",
@@ -246,7 +245,7 @@ def explain(error: ValidationError, values: Any, model: type[BaseModel]) -> tupl
                 lines.setdefault(name, []).append(text)
         elif item["type"] == "extra_forbidden":
             lines.setdefault(key, []).append(f"unknown key; {suggest(whole_key, model)}")
-        elif item["type"] == "missing" and isinstance(item["loc"][-1], str):
+        elif item["type"] == "missing":
             lines.setdefault(key, []).append("missing; set it")
         else:
             # A field that takes one of several types has one error for each of them.
@@ -276,10 +275,6 @@ def _expectation(item: Any, found: Any) -> str:
     kind, context = item["type"], item.get("ctx", {})
     if kind == "literal_error":
         return context["expected"]
-    if kind == "missing":
-        return "more items"
-    if kind == "too_long":
-        return f"at most {context['max_length']} items"
     if kind in ("too_short", "string_too_short"):
         return "at least one item" if isinstance(found, list) else "text that is not empty"
     if kind not in _EXPECTED:

@@ -73,7 +73,20 @@ class RunSection(Section):
         ge=0,
         description="Steps (PPO: iterations) between checkpoints; 0 writes one at the end and on SIGTERM.",
     )
-    keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints to keep.")
+    keep_checkpoints: int = Field(
+        default=2, ge=1, description="Newest checkpoints to keep; PPO keeps the one of the best scores besides."
+    )
+    checkpoint_storage: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Where copies of checkpoints go, for runs whose folder may be lost: `s3://...`, `gs://...` or any "
+        "other URL of fsspec, a folder for this run alone.",
+    )
+    grace_s: float = Field(
+        default=900.0,
+        gt=0,
+        description="Seconds from SIGTERM until the machine is gone; a step that takes longer is given up.",
+    )
     timeout_s: float = Field(default=900.0, gt=0, description="Longest wait in seconds for one remote phase.")
     min_timeout_s: float = Field(
         default=60.0,
@@ -222,8 +235,6 @@ class TrainingSection(Section):
         default=0, ge=0, description="Optimizer steps over which the learning rate rises from zero."
     )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW weight decay of the matrices.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False, description="AdamW beta1 and beta2.")
-    eps: float = Field(default=1e-8, gt=0, description="AdamW epsilon.")
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="Global gradient norm above which gradients are scaled down."
     )
@@ -252,8 +263,6 @@ class TrainingSection(Section):
     @model_validator(mode="after")
     def _check(self):
         problems = Problems()
-        if not all(0 <= beta < 1 for beta in self.betas):
-            problems.add("betas", f"{list(self.betas)} are not both at least 0 and below 1; (0.9, 0.95) is usual")
         if self.offload_optimizer and self.zero_stage == 0:
             problems.add("offload_optimizer", "true with `zero_stage` 0, which cannot; set the latter to 1, 2 or 3")
         if self.compile and self.zero_stage == 3:

@@ -2,16 +2,18 @@
 
 A folder `step_000010` is whole or does not exist; what a crash leaves behind starts with a dot and is swept away. The
 manifest is written last and names the size and SHA-256 of every file, so damage shows at resume, where the newest
-whole checkpoint is taken. A manifest names files below its folder alone: nothing else is read for it, and what is
-removed to make room are folders and links of this folder, never what a link leads to.
+whole checkpoint is taken. It also holds the checkpoint's score: the best one is kept besides the newest. A manifest
+names files below its folder alone: nothing else is read for it, and what is removed to make room are folders and links
+of this folder, never what a link leads to.
 """
 
 import hashlib
 import json
 import logging
+import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+NAME = re.compile("step_[0-9]{6,18}")
 # Of a manifest or a state, a hundred times what a run of a thousand processes writes.
 LARGEST_JSON_BYTES = 16 * 2**20
 
@@ -48,41 +51,70 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run."""
+    """The checkpoints of one run: `prepare` one, write its files, `seal` it.
+
+    Args:
+        folder: of the checkpoints.
+        keep: how many of the newest to keep, besides the one with the best score.
+    """
 
     def __init__(self, folder: Path, keep: int) -> None:
-        self._folder = folder
-        self._keep = keep
+        self.folder = folder
+        self.keep = keep
         for leftover in folder.glob(".step_*"):
-            _remove(leftover)
+            remove(leftover)
 
-    def write(self, step: int, state: dict[str, Any], save: Callable[[Path], None]) -> Path:
-        """Write the checkpoint of `step`; older ones beyond the number to keep are removed after it is complete.
+    def prepare(self, step: int) -> Path:
+        """An empty folder for the files of the checkpoint of `step`; it is none until it is sealed.
+
+        Raises:
+            OSError: the folder cannot be made.
+        """
+        work = self._work(step)
+        remove(work)
+        work.mkdir(parents=True)
+        return work
+
+    def seal(self, step: int, state: dict[str, Any], score: float | None = None) -> Path:
+        """Complete the checkpoint; older ones that are not to be kept are removed after that.
 
         So are those of later steps: a run that fell back to an older checkpoint left them behind, damaged.
 
         Args:
             step: steps or iterations done.
             state: what the driver needs to continue, as JSON.
-            save: writes everything else into the folder it is given.
+            score: how good the model is; the checkpoint with the highest is kept.
+
+        Raises:
+            OSError: a file cannot be written.
         """
-        target = self._folder / f"step_{step:06d}"
-        work = self._folder / f".{target.name}"
-        _remove(work)
-        work.mkdir(parents=True)
-        save(work)
+        target, work = self.folder / f"step_{step:06d}", self._work(step)
         (work / STATE).write_text(json.dumps(state))
         files = sorted(path for path in work.rglob("*") if path.is_file())
-        manifest = {str(path.relative_to(work)): [path.stat().st_size, _sha256(path)] for path in files}
-        (work / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1))
+        about = {str(path.relative_to(work)): [path.stat().st_size, _sha256(path)] for path in files}
+        manifest = {"step": step, "score": score, "files": about}
+        (work / MANIFEST).write_text(json.dumps(manifest, indent=1))
         if target.exists():  # the same step again, after a fall back to an older checkpoint
-            _remove(target)
+            remove(target)
         work.rename(target)
-        folders = self._folders()
-        newest = folders.index(target)
-        for superfluous in folders[:newest] + folders[newest + self._keep :]:
-            _remove(superfluous)
+        folders = {step_of(folder): folder for folder in checkpoint_folders(self.folder)}
+        kept = to_keep({number: score_of(folder) for number, folder in folders.items()}, step, self.keep)
+        for number, folder in folders.items():
+            if number not in kept:
+                remove(folder)
         return target
+
+    def discard(self, step: int) -> None:
+        """Remove what was written of a checkpoint that will not be sealed."""
+        shutil.rmtree(self._work(step), ignore_errors=True)  # a rank may be writing into it; the next start sweeps
+
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint, whole or not; None without any."""
+        folders = checkpoint_folders(self.folder)
+        return step_of(folders[-1]) if folders else None
+
+    def _work(self, step: int) -> Path:
+        return self.folder / f".step_{step:06d}"
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint, or None if there is none at all.
@@ -91,7 +123,7 @@ class CheckpointStore:
             CheckpointError: there are checkpoints and every one of them is damaged.
         """
         problems = []
-        for folder in self._folders():
+        for folder in reversed(checkpoint_folders(self.folder)):
             try:
                 return Checkpoint(step_of(folder), folder, _state_of_whole(folder))
             except CheckpointError as error:
@@ -99,20 +131,41 @@ class CheckpointStore:
                 problems.append(f"{folder.name}: {error}")
         if problems:
             raise CheckpointError(
-                f"every checkpoint in {self._folder} is damaged:\n"
-                + "\n".join(problems)
-                + "\nRemove them to start over"
+                f"every checkpoint in {self.folder} is damaged:\n" + "\n".join(problems) + "\nRemove them to start over"
             )
         return None
 
-    def _folders(self) -> list[Path]:
-        """Newest first."""
-        return checkpoint_folders(self._folder)[::-1]
+
+def to_keep(scores: dict[int, float | None], newest: int, keep: int) -> set[int]:
+    """Which checkpoints stay: the newest ones, and the best of them all.
+
+    Args:
+        scores: of all checkpoints by step; None where one has no score.
+        newest: the step of the newest one that counts; those of later steps are left over from before a fall back.
+        keep: how many of the newest.
+    """
+    steps = sorted((step for step in scores if step <= newest), reverse=True)
+    best = max(((score, step) for step in steps if (score := scores[step]) is not None), default=None)
+    return {*steps[:keep], *([best[1]] if best else [])}
+
+
+def score_of(folder: Path) -> float | None:
+    """The score in a checkpoint's manifest; None where there is none."""
+    try:
+        return score_in(_read_object(folder / MANIFEST, "manifest"))
+    except CheckpointError:
+        return None
+
+
+def score_in(manifest: dict[str, Any]) -> float | None:
+    """The score that a manifest holds; None where it is no finite number."""
+    score = manifest.get("score")
+    return score if isinstance(score, float) and math.isfinite(score) else None
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first; files, and folders of other names, are none."""
-    found = (path for path in folder.glob("step_*") if re.fullmatch("step_[0-9]{6,18}", path.name) and path.is_dir())
+    found = (path for path in folder.glob("step_*") if NAME.fullmatch(path.name) and path.is_dir())
     return sorted(found, key=step_of)
 
 
@@ -182,7 +235,7 @@ def _read_object(path: Path, what: str) -> dict[str, Any]:
     return found
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Removes a folder with all below, a file, or a link, of which what it leads to stays."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from rlhf_ray.data.formats import Prompt
 from rlhf_ray.driver.control import wanted_engines
 from rlhf_ray.driver.experience import Experience, build_experience
 from rlhf_ray.driver.groups import Groups
+from rlhf_ray.driver.health import UpdateHealth, mismatch_alarm
 from rlhf_ray.driver.rollouts import Batch, Rollouts
 from rlhf_ray.models.reading import StateValues, TokenLogprobs
 from rlhf_ray.packing import Sequence
@@ -32,6 +33,7 @@ from rlhf_ray.rollout.pool import sampling_seed
 from rlhf_ray.scoring.scorer import ScoredTrajectory, response_sequence
 from rlhf_ray.stages.run import Run
 from rlhf_ray.tracking.activity import Activity
+from rlhf_ray.training.group import PendingSave
 from rlhf_ray.training.objectives import PolicyUpdate, ValueUpdate
 
 logger = logging.getLogger(__name__)
@@ -54,16 +56,19 @@ class PPOLoop:
             AdaptiveKL(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon) if ppo.kl_target else FixedKL(ppo.kl_coef)
         )
         self.normalizer = RunningNormalizer()
+        self.policy_health = UpdateHealth(run.directory.path, "policy")
+        self.critic_health = UpdateHealth(run.directory.path, "critic")
         self.version = 0  # policy updates so far: one an iteration
         self.probe_ids = max((p.token_ids for p in prompts[:16]), key=len)[:PROBE_TOKENS]
         self.timings: dict[str, float] = {}
+        self.stalled_s = 0.0  # by the checkpoint before this iteration
         self.activity = Activity("driver", run.directory.path)
         self.rollouts = Rollouts(config, groups, prompts, self.activity)
         self.iteration = 0
 
     def train(self) -> dict[str, float]:
         """Run the iterations that are left; returns the last one's metrics."""
-        with closing(self.activity), closing(self.rollouts):
+        with closing(self.activity), closing(self.rollouts), self.run.saving():
             return self._train()
 
     def _train(self) -> dict[str, float]:
@@ -95,11 +100,15 @@ class PPOLoop:
                 metrics |= self._transfer()
             self.rollouts.admit(iteration + 1)
         metrics |= experience.metrics | staleness | self._state_metrics(batch)
+        if not self.config.ppo.max_staleness and "sampling/kl" in metrics:  # of the weights that sampled
+            metrics |= mismatch_alarm(metrics, {self.config.rollout.dtype, self.config.training.dtype})
         self.kl.update(experience.kl, len(experience.policy))
         self.activity.count_iteration()
         self.groups.supervisor.budget.renew()
         self.run.log(iteration, metrics, experience.samples)
-        self.run.checkpoint_if_due(iteration, self._state(batch), self._save)
+        started = time.monotonic()
+        self.run.checkpoint_if_due(iteration, self._state(batch), self._save, metrics["objective/scores"])
+        self.stalled_s = time.monotonic() - started
         return metrics
 
     def _resize(self) -> None:
@@ -167,14 +176,19 @@ class PPOLoop:
         value_objective = ValueUpdate(ppo.clip_range_value)
         steps: list[dict[str, float]] = []
         for indices in self._minibatches(iteration, len(experience.policy)):
-            critic = self.groups.critic.step([experience.critic[i] for i in indices], value_objective)
+            states = [experience.critic[i] for i in indices]
+            critic = self.groups.critic.step(states, value_objective)
             metrics: dict[str, float] = {}
             if self._trains_policy(iteration):
                 batch = [experience.policy[i] for i in indices] + self._ptx_batch(len(indices))
-                metrics |= _named(self.groups.policy.step(batch, policy_objective).result(), "policy")
-            metrics |= _named(critic.result(), "critic")
+                of_policy = self.groups.policy.step(batch, policy_objective).result()
+                self.policy_health.check(iteration, of_policy, batch, policy_objective, None)
+                metrics |= _named(of_policy, "policy")
+            of_critic = critic.result()
+            self.critic_health.check(iteration, of_critic, states, value_objective, None)
+            metrics |= _named(of_critic, "critic")
             steps.append(metrics)
-        return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        return _over_updates(steps)
 
     def _minibatches(self, iteration: int, count: int) -> Iterator[list[int]]:
         """Index lists of one iteration: a new seeded order each epoch, cut into equal parts."""
@@ -194,7 +208,7 @@ class PPOLoop:
 
     def _state_metrics(self, batch: Batch) -> dict[str, float]:
         tokens = sum(len(one.trajectory.response_ids) for one in batch.scored)
-        timings = self.timings | {"generate": batch.generate_s, "score": batch.score_s}
+        timings = self.timings | {"generate": batch.generate_s, "score": batch.score_s, "checkpoint": self.stalled_s}
         metrics = {f"time/{name}": seconds for name, seconds in timings.items()}
         return metrics | {
             "objective/kl_coef": self.kl.coef,
@@ -221,13 +235,11 @@ class PPOLoop:
             "version": self.version,
         }
 
-    def _save(self, folder: Path) -> None:
-        saving = [
+    def _save(self, folder: Path) -> list[PendingSave]:
+        return [
             self.groups.policy.save(str(folder / "policy")),
             self.groups.critic.save(str(folder / "critic")),
         ]
-        for pending in saving:
-            pending.result()
 
     def _restore(self) -> None:
         checkpoint = self.run.checkpoint
@@ -252,4 +264,16 @@ class PPOLoop:
 def _named(metrics: dict[str, float], group: str) -> dict[str, float]:
     """A trainer's own metrics under its group's name; those of the objective as they are."""
     own = {"grad_norm": f"grad_norm/{group}", "learning_rate": f"lr/{group}"}
+    own |= {name: f"{name}/{group}" for name in ("skipped_updates", "unchanged_updates")}
     return {own.get(name, name): value for name, value in metrics.items() if name != "loss"}
+
+
+def _over_updates(steps: list[dict[str, float]]) -> dict[str, float]:
+    """An iteration's metrics from those of its updates: means, but for what counts updates."""
+    metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    for name in metrics:
+        if name.startswith("skipped_updates"):
+            metrics[name] = sum(step[name] for step in steps)
+        elif name.startswith("unchanged_updates"):
+            metrics[name] = steps[-1][name]
+    return metrics

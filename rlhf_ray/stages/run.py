@@ -2,11 +2,12 @@
 
 import logging
 import math
+import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from rlhf_ray.config import dump_config
 from rlhf_ray.config.pipeline import StageConfig
 from rlhf_ray.driver.checkpoint import Checkpoint, CheckpointStore
 from rlhf_ray.driver.control import forget
-from rlhf_ray.errors import RlhfError, RunStopped
+from rlhf_ray.driver.saving import Save, Saver
+from rlhf_ray.driver.storage import CheckpointStorage, StorageUnreachable
+from rlhf_ray.errors import CheckpointError, RlhfError, RunStopped
 from rlhf_ray.models.saving import is_complete
 from rlhf_ray.names import model_folder
 from rlhf_ray.tracking.logs import setup_logging
@@ -31,6 +34,9 @@ WHERE_AND_HOW = (
     *("zero_stage", "offload_optimizer", "gradient_checkpointing", "micro_batch_tokens", "attention", "compile"),
     *("max_concurrency", "kv_cache_gib", "gpu_memory_utilization", "vllm"),
 )
+
+# A run that SIGTERM ends within its grace needs the rest of it to end its actors.
+SHARE_OF_GRACE = 0.8
 
 # Ctrl-C sooner than this after a request to stop is the same request once more.
 REPEATED_SIGNAL_S = 1.0
@@ -50,10 +56,12 @@ class Run:
         self._stage = stage
         self._stack = stack
         self._stop = threading.Event()
+        self._overdue = False
         forget(directory.path)
         self._store = CheckpointStore(directory.checkpoints, config.run.keep_checkpoints)
+        storage = _storage(config, stage, self._store)
+        self._saver = Saver(self._store, storage, config.run.timeout_s)
         self.checkpoint: Checkpoint | None = self._store.latest()
-        self._saved_step = self.checkpoint.step if self.checkpoint else None
         directory.truncate_after(self.start_step - 1)
         directory.write_config(dump_config(config))
         self._tracker = stack.enter_context(
@@ -103,9 +111,14 @@ class Run:
             yield  # only the main thread may have handlers; embedded callers stop the run their own way
             return
         asked_at = math.inf
+        # The signal comes once more when the grace is about to end: handlers alone reach a main thread that waits.
+        ending = threading.Timer(SHARE_OF_GRACE * self._config.run.grace_s, self._end_now)
+        ending.daemon = True
 
         def stop(number: int, _: object) -> None:
             nonlocal asked_at
+            if self._overdue:
+                raise RunStopped(self._ended_early())
             # Wrappers such as `timeout` and `make` pass a signal on that the run has already got.
             if number == signal.SIGINT and time.monotonic() - asked_at > REPEATED_SIGNAL_S:
                 raise KeyboardInterrupt
@@ -113,13 +126,31 @@ class Run:
                 asked_at = time.monotonic()
                 logger.warning("stopping after the step under way, with a checkpoint; Ctrl-C ends the run without one")
             self._stop.set()
+            if number == signal.SIGTERM and not ending.is_alive() and not ending.finished.is_set():
+                ending.start()
 
         previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
+            ending.cancel()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _end_now(self) -> None:
+        self._overdue = True
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _ended_early(self) -> str:
+        return (
+            f"{self._stage}: stopped by a signal, in the middle of what was under way: run.grace_s "
+            f"({self._config.run.grace_s:g} s) is about to pass; {self._continues()}"
+        )
+
+    def _continues(self) -> str:
+        """What the same command will do, in words."""
+        newest = self._store.newest()
+        return "the same command starts over" if newest is None else f"the same command continues from step {newest}"
 
     def log(self, step: int, metrics: Mapping[str, float], samples: list[dict[str, Any]] | None = None) -> None:
         """Record step `step` (counted from 0)."""
@@ -129,26 +160,84 @@ class Run:
         if self._progress is not None:
             self._progress.update(step + 1, metrics)
 
-    def checkpoint_if_due(self, step: int, state: dict[str, Any], save: Callable[[Path], None]) -> None:
-        """After step `step`: write a checkpoint where the configuration, the end of the run or a signal asks for it.
+    def checkpoint_if_due(self, step: int, state: dict[str, Any], save: Save, score: float | None = None) -> None:
+        """After step `step`: a checkpoint where the configuration, the end of the run or a signal asks for it.
+
+        Its files are written while the next steps are taken, but for the last one, which is waited for.
+
+        Args:
+            state: what the driver needs to continue, as JSON.
+            save: asks the trainers to write into the folder it is given.
+            score: how good the model is; the best checkpoint is kept beside the newest.
 
         Raises:
             RunStopped: a signal asked for the end; the checkpoint is written.
+            CheckpointError: the checkpoint after the last step cannot be written.
         """
         done = step + 1
         every = self._config.run.checkpoint_every
         stopping = self._stop.is_set()
-        if stopping or done == self._total or (every and done % every == 0):
-            self._store.write(done, {**state, "wandb_run_id": self._tracker.run_id}, save)
+        last = done == self._total
+        if stopping or last or (every and done % every == 0):
+            self._saver.begin(done, {**state, "wandb_run_id": self._tracker.run_id}, save, score)
+        if not (stopping or last):
+            return
+        failure = None if self._saver.wait() else "it is still being written or copied"
+        failure = failure or self._saver.failure
         if stopping:
+            written = f"no checkpoint could be written of it ({failure})" if failure else "a checkpoint is written"
             raise RunStopped(
-                f"{self._stage}: stopped by a signal after step {done} of {self._total}; a checkpoint is written, and "
-                "the same command continues from it"
+                f"{self._stage}: stopped by a signal after step {done} of {self._total}; {written}, and "
+                f"{self._continues()}"
             )
+        if failure:
+            raise CheckpointError(
+                f"{self._stage}: the checkpoint after the last step, {done}, could not be written: {failure}. See to "
+                f"it that {self.directory.checkpoints} can be written; {self._continues()}"
+            )
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around the loop, while the trainers live: what ends it leaves no whole checkpoint half written."""
+        try:
+            yield
+        except RunStopped:
+            raise
+        except Exception:
+            self._saver.wait(self._config.run.min_timeout_s)
+            raise
+        finally:
+            self._saver.close()
+
+    def settle(self) -> None:
+        """Wait for the checkpoint under way: after that the newest one is the newest there will be."""
+        self._saver.wait()
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary: the stage is complete."""
         self._tracker.finish({"stage": self._stage, "model": str(self.model_folder), **summary})
+
+
+def _storage(config: StageConfig, stage: str, store: CheckpointStore) -> CheckpointStorage | None:
+    """Where copies of the checkpoints go; a run without any first gets the newest from there.
+
+    Raises:
+        ConfigError: there is no such storage.
+        StageError: it holds another run's checkpoints, or a run without checkpoints cannot reach it.
+    """
+    if config.run.checkpoint_storage is None:
+        return None
+    storage = CheckpointStorage(config.run.checkpoint_storage)
+    try:
+        storage.claim(identity(config, stage))
+        if store.newest() is None:
+            storage.fetch(store.folder)
+    except StorageUnreachable as error:
+        # Whoever starts over unasked would replace what is there.
+        if store.newest() is None:
+            raise
+        logger.warning("%s; the next checkpoint tries again", error)
+    return storage
 
 
 def is_finished(run_dir: str | Path) -> bool:

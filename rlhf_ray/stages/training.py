@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf_ray.config.offline import DPOConfig, RewardConfig, SFTConfig
 from rlhf_ray.data import EpochOrder
+from rlhf_ray.driver.health import UpdateHealth
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.packing import Sequence
 from rlhf_ray.placement.groups import reserve
@@ -112,26 +113,29 @@ def fit(
     if run.checkpoint and "order" in run.state:
         with run.checkpoint.restoring():
             order.load_state_dict(run.state["order"])
-    for step in run.begin(total_steps, shown):
-        started = time.monotonic()
-        sequences, group = examples.take(order.next(min(batch_size, total_examples - step * batch_size)))
-        metrics = trainer.step(sequences, objective, group).result()
-        seconds = time.monotonic() - started
-        num_tokens = sum(len(sequence) for sequence in sequences)
-        metrics |= {
-            "num_tokens": num_tokens,
-            "step_time": seconds,
-            "tokens_per_second": num_tokens / seconds,
-            "epoch": min(epochs, (step + 1) * batch_size / len(examples)),
-        }
-        last = step + 1 == total_steps
-        if last or (eval_every and (step + 1) % eval_every == 0):
-            final = evaluate()
-            metrics |= final
-        run.log(step, metrics)
-        run.checkpoint_if_due(
-            step, {"order": order.state_dict()}, lambda folder: trainer.save(str(folder / "trainer")).result()
-        )
+    health = UpdateHealth(run.directory.path, trainer.spec.name)
+    with run.saving():
+        for step in run.begin(total_steps, shown):
+            started = time.monotonic()
+            sequences, group = examples.take(order.next(min(batch_size, total_examples - step * batch_size)))
+            metrics = trainer.step(sequences, objective, group).result()
+            health.check(step, metrics, sequences, objective, group)
+            seconds = time.monotonic() - started
+            num_tokens = sum(len(sequence) for sequence in sequences)
+            metrics |= {
+                "num_tokens": num_tokens,
+                "step_time": seconds,
+                "tokens_per_second": num_tokens / seconds,
+                "epoch": min(epochs, (step + 1) * batch_size / len(examples)),
+            }
+            last = step + 1 == total_steps
+            if last or (eval_every and (step + 1) % eval_every == 0):
+                final = evaluate()
+                metrics |= final
+            run.log(step, metrics)
+            run.checkpoint_if_due(
+                step, {"order": order.state_dict()}, lambda folder: [trainer.save(str(folder / "trainer"))]
+            )
     # None where the last step was taken before a crash.
     return evaluate() if final is None else final
 

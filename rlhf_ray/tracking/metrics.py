@@ -33,6 +33,10 @@ _TRAINING = {
     "loss": Metric("nat", "Training loss of the optimizer step, divided by its global count of targets", OFFLINE),
     "grad_norm": Metric("1", "Euclidean norm of the gradient over all parameters, before clipping", OFFLINE),
     "learning_rate": Metric("1", "Learning rate of the optimizer step", OFFLINE),
+    "skipped_updates": Metric(
+        "1", "1 where loss or gradient was not finite, and the weights stayed as they were", OFFLINE
+    ),
+    "unchanged_updates": Metric("1", "Updates in a row that changed no parameter, skipped ones aside", OFFLINE),
     "epoch": Metric("epochs", "Rows consumed / rows of the data set", OFFLINE),
     "num_tokens": Metric("tokens", "Tokens of the step, prompts included", OFFLINE),
     "tokens_per_second": Metric("tokens/s", "Tokens of the step / step_time, prompts included", OFFLINE),
@@ -109,6 +113,10 @@ _PPO_UPDATE = {
     "val/explained_variance": Metric("1", "1 - Var(return - value) / Var(return), values before the update", (PPO,)),
     "grad_norm/policy": Metric("1", "Norm of the policy's gradient before clipping, mean over updates", (PPO,)),
     "grad_norm/critic": Metric("1", "Norm of the critic's gradient before clipping, mean over updates", (PPO,)),
+    "skipped_updates/policy": Metric("1", "Updates of the policy whose loss or gradient was not finite", (PPO,)),
+    "skipped_updates/critic": Metric("1", "Updates of the critic whose loss or gradient was not finite", (PPO,)),
+    "unchanged_updates/policy": Metric("1", "Updates in a row that left the policy as it was, skipped aside", (PPO,)),
+    "unchanged_updates/critic": Metric("1", "Updates in a row that left the critic as it was, skipped aside", (PPO,)),
     "lr/policy": Metric("1", "Learning rate of the policy", (PPO,)),
     "lr/critic": Metric("1", "Learning rate of the critic", (PPO,)),
 }
@@ -125,6 +133,9 @@ _PPO_ROLLOUT = {
         "nat", "Mean over tokens of abs(log p of the engine - log p of the trainer), same weights", (PPO,)
     ),
     "sampling/sampling_logp_difference/max": Metric("nat", "The largest such difference", (PPO,)),
+    "sampling/sampling_logp_difference/alarm": Metric(
+        "1", "1 where the mean is beyond what rounding explains (1e-3 in fp32, 5e-2 in bf16), with a warning", (PPO,)
+    ),
     "sampling/importance_sampling_ratio/min": Metric("1", "Smallest p of the trainer / p of the engine", (PPO,)),
     "sampling/importance_sampling_ratio/mean": Metric("1", "Mean p of the trainer / p of the engine", (PPO,)),
     "sampling/importance_sampling_ratio/max": Metric("1", "Largest p of the trainer / p of the engine", (PPO,)),
@@ -162,6 +173,11 @@ _PPO_TIME = {
     "time/train": Metric("s", "Updates of policy and critic, which run at the same time", (PPO,)),
     "time/transfer": Metric("s", "Weights to the engines, the probe included", (PPO,)),
     "time/iteration": Metric("s", "The whole iteration", (PPO,)),
+    "time/checkpoint": Metric(
+        "s",
+        "That the loop stood still for the checkpoint before; its files are written while it goes on",
+        (PPO,),
+    ),
 }
 
 GLOSSARY: dict[str, Metric] = (

@@ -2,13 +2,16 @@
 
 import logging
 import os
+import threading
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 import torch.distributed as dist
 
+from rlhf_ray.errors import CheckpointError
 from rlhf_ray.packing import PackedBatch
 from rlhf_ray.runtime.cores import bind_to_cores
 from rlhf_ray.runtime.interface import choose_interface
@@ -33,6 +36,7 @@ class TrainerActor:
         self._store: dist.TCPStore | None = None
         self._trainer: Trainer | None = None
         self._sender: Any = None
+        self._writing: threading.Thread | None = None
 
     def listen(self) -> tuple[str, int]:
         """Rank 0: open the rendezvous on a port of the operating system's choice; returns its address."""
@@ -84,9 +88,15 @@ class TrainerActor:
             return self.trainer.evaluate(batches, objective)
 
     def save(self, folder: str) -> None:
-        """Write a checkpoint; see `Trainer.save`."""
+        """Copy a checkpoint into main memory, and write it into `folder` while other methods go on.
+
+        Raises:
+            CheckpointError: the one before is not written yet.
+        """
+        if self._writing is not None and self._writing.is_alive():
+            raise CheckpointError(f"{self._spec.name}: rank {self._rank} still writes the checkpoint before")
         with activity().busy("checkpoint"):
-            self.trainer.save(folder)
+            self._writing = self.trainer.snapshot().write_aside(Path(folder))
 
     def load(self, folder: str) -> None:
         """Read a checkpoint; see `Trainer.load`."""

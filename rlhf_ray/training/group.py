@@ -1,12 +1,16 @@
 """The driver's side of a trainer group: all ranks as one object."""
 
+import threading
+import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from torch import Tensor
 
+from rlhf_ray.errors import Stalled
 from rlhf_ray.packing import PackedBatch, Sequence, pack, partition
 from rlhf_ray.placement.groups import Placement
 from rlhf_ray.runtime.lifecycle import Event
@@ -14,7 +18,11 @@ from rlhf_ray.runtime.patience import Patience
 from rlhf_ray.runtime.remote import START_TIMEOUT_S, Answer, get
 from rlhf_ray.runtime.supervisor import Supervisor
 from rlhf_ray.training.actor import TrainerActor
+from rlhf_ray.training.snapshot import all_written
 from rlhf_ray.training.trainer import Objective, Reader, TrainerSpec
+
+# Between two looks at what the ranks have written.
+POLL_S = 0.05
 
 
 class TrainerGroup:
@@ -83,9 +91,10 @@ class TrainerGroup:
         pending, shares = self._on_batches("forward", "forward pass", sequences, None, reader)
         return PendingForward(pending, [[batch.indices for batch in share] for share in shares], len(sequences))
 
-    def save(self, folder: str) -> Answer:
+    def save(self, folder: str) -> "PendingSave":
         """Write a checkpoint into `folder`, which all ranks must reach."""
-        return self._on_all("save", "writing a checkpoint", folder, patience=self._files)
+        copied = self._on_all("save", "copying a checkpoint", folder, patience=self._files)
+        return PendingSave(copied, self._actors, Path(folder), f"{self.spec.name} trainer: writing a checkpoint")
 
     def load(self, folder: str) -> Answer:
         """Read a checkpoint."""
@@ -143,6 +152,48 @@ class PendingMetrics:
     def result(self) -> dict[str, float]:
         """Wait and return the global metrics."""
         return self.pending.result()[0]
+
+
+@dataclass
+class PendingSave:
+    """A checkpoint under way: copied by the ranks, then written by a thread of each."""
+
+    copied: Answer
+    actors: list[Any]
+    folder: Path
+    phase: str
+
+    def taken(self) -> None:
+        """Wait for the copies: from now on the trainers may go on."""
+        self.copied.result()
+
+    def written(self, given_up: threading.Event) -> None:
+        """Wait for the files, or until nobody wants them any more.
+
+        Raises:
+            CheckpointError: a rank could not write its part.
+            ActorDied: a rank ended before it had.
+            Stalled: the deadline passed.
+        """
+        started = time.monotonic()
+        limit = self.copied.patience.limit(self.phase)
+        # A busy rank answers after its step, and a dead one at once.
+        asked = {actor.__ray_ready__.remote(): actor for actor in self.actors}
+        while not all_written(self.folder, len(self.actors)):
+            if given_up.wait(POLL_S):
+                return
+            for ref in ray.wait(list(asked), num_returns=len(asked), timeout=0)[0]:
+                get(ref, self.phase, limit)
+                actor = asked.pop(ref)
+                asked[actor.__ray_ready__.remote()] = actor
+            if time.monotonic() - started > limit:
+                raise Stalled(f"{self.phase}: not all ranks wrote their parts within {limit:g} s")
+        self.copied.patience.took(self.phase, time.monotonic() - started)
+
+    def result(self) -> None:
+        """Wait for all of it."""
+        self.taken()
+        self.written(threading.Event())
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """The optimizer's state on disk: readable by another number of ranks and at another ZeRO stage.
 
 DeepSpeed keeps fp32 master weights and Adam's moments in flat tensors, each rank its part, cut anew for every number of
-ranks and every stage. A rank writes its flat tensors as they are, into a safetensors file of its own, with a table of
-the runs of parameter elements in them. A rank that reads looks its own runs up in all tables, and takes of each file
-the bytes it needs alone.
+ranks and every stage. A rank's flat tensors go as they are into a safetensors file of its own (`snapshot.py`), with a
+table of the runs of parameter elements in them. A rank that reads looks its own runs up in all tables, and takes of
+each file the bytes it needs alone.
 """
 
 import json
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf_ray.errors import CheckpointError
@@ -117,21 +116,28 @@ def _zero_3(optimizer: Any, names: dict[int, str]) -> Partition:
     return Partition(optimizer.optimizer, flats, fragments, refresh, replicated=False)
 
 
-def save_state(partition: Partition, folder: Path, rank: int) -> None:
-    """Write this rank's part. Before the first step there are no moments, and none are written."""
-    folder.mkdir(parents=True, exist_ok=True)
+def copy_state(partition: Partition, rank: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """This rank's part, copied into main memory: the tensors of its file, and the file's metadata.
+
+    Before the first step there are no moments. Of what every rank keeps, rank 0 alone has tensors here.
+    """
+    tensors: dict[str, Tensor] = {}
+    steps = set()
     if partition.replicated and rank > 0:
-        return
-    tensors, steps = {}, set()
+        return {}, {}
     for i, flat in enumerate(partition.flats):
-        tensors[f"master.{i}"] = flat.detach().view(-1)
+        tensors[f"master.{i}"] = _copy(flat.detach())
         state = partition.optimizer.state.get(flat)
         steps.add(int(state["step"]) if state else 0)
         if state:
-            tensors |= {f"{moment}.{i}": state[moment].view(-1) for moment in MOMENTS}
+            tensors |= {f"{moment}.{i}": _copy(state[moment]) for moment in MOMENTS}
     table = [astuple(fragment) for fragment in partition.fragments]
-    metadata = {"fragments": json.dumps(table), "steps": json.dumps(sorted(steps))}
-    save_file(tensors, folder / PATTERN.replace("*", f"{rank:05d}"), metadata)
+    return tensors, {"fragments": json.dumps(table), "steps": json.dumps(sorted(steps))}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    # A copy on the CPU as well: the optimizer goes on changing the original.
+    return tensor.view(-1).to("cpu", copy=True)
 
 
 def load_state(partition: Partition, folder: Path) -> None:

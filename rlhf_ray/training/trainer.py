@@ -17,16 +17,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlhf_ray.algorithms.checks import noting_nonfinite
 from rlhf_ray.config.sections import TrainingSection
-from rlhf_ray.errors import CheckpointError, EngineError
+from rlhf_ray.errors import CheckpointError
 from rlhf_ray.packing import PackedBatch
 from rlhf_ray.training.deepspeed_config import clips_itself, deepspeed_config, lr_multiplier
 from rlhf_ray.training.offload import free_optimizer, restore_optimizer
-from rlhf_ray.training.state import Partition, load_state, partition_of, save_state
+from rlhf_ray.training.snapshot import COMMON, Snapshot, random_file
+from rlhf_ray.training.state import Partition, copy_state, load_state, partition_of
 
 logger = logging.getLogger(__name__)
 
-COMMON = "trainer.json"
+# Of AdamW: the second moment forgets sooner than by its authors' 0.999, which runs of a few hundred steps hardly reach.
+BETAS = (0.9, 0.95)
+# Elements of each parameter that are watched for changes, about.
+SAMPLED = 1024
 
 
 class Objective(Protocol):
@@ -56,6 +61,7 @@ class TrainerSpec:
         head: "causal" (language model) or "scalar" (reward model, critic).
         total_steps: optimizer steps of the whole run, for the schedule.
         dropout: probability, for reward-model training.
+        eps: AdamW's epsilon; one far above all gradients makes an update proportional to its gradient.
     """
 
     name: str
@@ -67,7 +73,25 @@ class TrainerSpec:
     seed: int
     gpu: bool = False
     dropout: float = 0.0
+    eps: float = 1e-8
     trust_remote_code: bool = False
+
+
+class ParameterSample:
+    """Some elements of every parameter, of this rank's part of it under ZeRO-3: shows whether an update changed any."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._last = self._take()
+
+    def changed(self) -> bool:
+        """Whether one is another than at the last call."""
+        before, self._last = self._last, self._take()
+        return not torch.equal(before, self._last)
+
+    def _take(self) -> Tensor:
+        parts = [getattr(p, "ds_tensor", p).detach().reshape(-1) for p in self._parameters]
+        return torch.cat([part[:: max(1, len(part) // SAMPLED)] for part in parts])
 
 
 class Trainer:
@@ -86,8 +110,8 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             _decay_groups(self.model, spec.section.weight_decay),
             lr=spec.learning_rate,
-            betas=spec.section.betas,
-            eps=spec.section.eps,
+            betas=BETAS,
+            eps=spec.eps,
         )
         factor = lr_multiplier(spec.section, spec.total_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -101,6 +125,8 @@ class Trainer:
             config=config,
             dist_init_required=False,
         )
+        self._sample = ParameterSample(self.model)
+        self._unchanged = 0
         # Ranks draw different dropout masks, and the same ones again after a resume.
         torch.manual_seed(spec.seed + 1 + self.rank)
 
@@ -108,34 +134,49 @@ class Trainer:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self.spec.section.max_grad_norm or math.inf
         self._clipped_norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+        # DeepSpeed's own optimizers skip such a step and say so by this name, which it looks for.
+        optimizer.overflow = not math.isfinite(self._clipped_norm)  # type: ignore[attr-defined]
+        if not math.isfinite(self._clipped_norm):
+            for parameter in parameters:
+                parameter.grad = None
 
     def step(self, batches: list[PackedBatch], objective: Objective) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches; returns global metrics, the same on every rank.
 
-        Raises:
-            EngineError: the loss is not finite; the weights stay as they were.
+        A step whose loss or gradient is not finite on any rank is skipped on all of them: weights, optimizer and
+        schedule stay as they were.
         """
         self.engine.train()
         totals = self._sum_over_ranks([objective.counts(batch) for batch in batches])
-        shares_of_batches = []
+        shares_of_batches: list[dict[str, float]] = []
         for batch in batches:
             batch = batch.to(self.device)
-            loss, shares = objective.loss(self.engine, batch, totals)
-            shares["loss"] = loss.detach()
+            with noting_nonfinite() as problems:
+                loss, shares = objective.loss(self.engine, batch, totals)
+            for problem in problems:
+                logger.warning("optimizer step %d: %s", self.engine.global_steps, problem)
+            shares["loss"] = loss.detach() * math.nan if problems else loss.detach()
             shares_of_batches.append({name: float(share) for name, share in shares.items()})
             # DeepSpeed averages gradients over ranks; the loss is already a share of the global mean.
-            self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
-        values = self._reduce(shares_of_batches)
-        if not math.isfinite(values["loss"]):
-            self.engine.zero_grad()
-            raise EngineError(
-                f"{self.spec.name} trainer: the loss of optimizer step {self.engine.global_steps} is {values['loss']}; "
-                "weights were not changed. Lower the learning rate or max_grad_norm, or look for broken data"
-            )
+            factor: float = self.world_size
+            if len(shares_of_batches) == len(batches):
+                values = self._reduce(shares_of_batches)
+                if not math.isfinite(values["loss"]):
+                    factor = math.nan  # a gradient that is not finite, for what skips the step on all ranks alike
+            self.engine.backward(loss * factor, scale_wrt_gas=False)
         values["learning_rate"] = self.engine.get_lr()[0]
         self.engine.step()
         values["grad_norm"] = self._grad_norm()
+        skipped = bool(getattr(self.engine.optimizer, "overflow", False))
+        values["skipped_updates"] = float(skipped)
+        values["unchanged_updates"] = self._count_unchanged(expected=not skipped and values["learning_rate"] > 0)
         return values
+
+    def _count_unchanged(self, *, expected: bool) -> float:
+        """Updates in a row, up to this one, that should have changed a parameter and changed none."""
+        changed = self._sum_over_ranks([{"changed": float(self._sample.changed())}])["changed"] > 0
+        self._unchanged = 0 if changed else self._unchanged + expected
+        return float(self._unchanged)
 
     def _grad_norm(self) -> float:
         # None, a float or a tensor, depending on the ZeRO stage.
@@ -239,7 +280,7 @@ class Trainer:
     def free_optimizer(self) -> None:
         """Move master weights and moments to main memory, until `restore_optimizer`. Needs ZeRO 1, 2 or 3.
 
-        Forward passes, `parameters_in_full` and `save` work as before; a step does not.
+        Forward passes, `parameters_in_full` and `snapshot` work as before; a step does not.
         """
         if not self.spec.section.offload_optimizer:  # they are there already
             free_optimizer(self.engine, self.spec.section.zero_stage, pin=self.spec.gpu)
@@ -251,23 +292,23 @@ class Trainer:
         if not self.spec.section.offload_optimizer:
             restore_optimizer(self.engine, self.spec.section.zero_stage)
 
-    def save(self, folder: str) -> None:
-        """Write weights, optimizer, schedule and this rank's random state into `folder`. Collective."""
-        save_state(self._partition(), Path(folder), self.rank)
+    def snapshot(self) -> Snapshot:
+        """This rank's part of a checkpoint: weights, optimizer, schedule and random state, copied into main memory."""
+        tensors, metadata = copy_state(self._partition(), self.rank)
+        common = None
         if self.rank == 0:
             common = {
                 "parameters": self._shapes(),
                 "schedule": self.engine.lr_scheduler.state_dict(),
                 "steps": self.engine.global_steps,
             }
-            (Path(folder) / COMMON).write_text(json.dumps(common))
-        state: dict[str, Any] = {"torch": torch.get_rng_state()}
+        random = {"torch": torch.get_rng_state()}
         if self.spec.gpu:
-            state["cuda"] = torch.cuda.get_rng_state()
-        torch.save(state, _random_file(folder, self.rank))
+            random["cuda"] = torch.cuda.get_rng_state()
+        return Snapshot(self.rank, tensors, metadata, common, random)
 
     def load(self, folder: str) -> None:
-        """Continue from what `save` wrote, with whatever number of ranks, ZeRO stage and precision. Collective.
+        """Continue from what snapshots wrote, with whatever number of ranks, ZeRO stage and precision. Collective.
 
         The next step is bit for bit that of the trainer that wrote it where all three are the same; otherwise it is the
         same but for the order of sums. Ranks that it did not have draw dropout masks of their own.
@@ -282,8 +323,10 @@ class Trainer:
         for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         self.engine.global_steps = common["steps"]
-        if _random_file(folder, self.rank).is_file():
-            state = torch.load(_random_file(folder, self.rank), weights_only=True)
+        self._sample = ParameterSample(self.model)
+        random = random_file(Path(folder), self.rank)
+        if random.is_file():
+            state = torch.load(random, weights_only=True)
             torch.set_rng_state(state["torch"])
             if self.spec.gpu:
                 torch.cuda.set_rng_state(state["cuda"])
@@ -309,10 +352,6 @@ class Trainer:
                 "Resume with the model it was written for, or use another run.dir"
             )
         return common
-
-
-def _random_file(folder: str, rank: int) -> Path:
-    return Path(folder) / f"random_{rank:05d}.pt"
 
 
 def _load(spec: TrainerSpec, config: dict[str, Any]) -> nn.Module:

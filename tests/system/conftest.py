@@ -60,6 +60,7 @@ def make_spec(models: dict[str, str]) -> Callable[..., TrainerSpec]:
         learning_rate: float = 1e-2,
         total_steps: int = 10,
         dropout: float = 0.0,
+        eps: float = 1e-8,
         **section: Any,
     ) -> TrainerSpec:
         return TrainerSpec(
@@ -71,6 +72,7 @@ def make_spec(models: dict[str, str]) -> Callable[..., TrainerSpec]:
             total_steps=total_steps,
             seed=0,
             dropout=dropout,
+            eps=eps,
         )
 
     return spec

@@ -203,7 +203,8 @@ def test_folder_without_a_checkpoint_is_refused(ranks, make_spec, tmp_path):
 def test_damage_to_a_real_checkpoint_is_seen(saved, tmp_path):
     store = CheckpointStore(tmp_path, keep=3)
     for number in (1, 2):
-        store.write(number, {"number": number}, lambda folder: shutil.copytree(saved, folder / "trainer"))
+        shutil.copytree(saved, store.prepare(number) / "trainer")
+        store.seal(number, {"number": number})
     optimizer = next((tmp_path / "step_000002").rglob("state_*.safetensors"))
     content = bytearray(optimizer.read_bytes())
     content[len(content) // 2] ^= 1

@@ -145,8 +145,9 @@ def test_the_run_directory_is_complete(whole_run: PPOConfig):
     assert load_config(folder / "config.yaml", [], "ppo") == whole_run
     names = ("driver", "policy-0", "critic-0", "rollout-0", "reference-0", "reward-0", "reward-num_tokens")
     assert {f"{name}.log" for name in names} <= {path.name for path in (folder / "logs").iterdir()}
-    newest = [f"step_{step:06d}" for step in (ITERATIONS - 1, ITERATIONS)]
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == newest
+    best = max(range(ITERATIONS), key=lambda step: rows_of(whole_run)[step]["objective/scores"]) + 1
+    kept = {f"step_{step:06d}" for step in (ITERATIONS - 1, ITERATIONS, best)}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == kept
     summary = json.loads((folder / "summary.json").read_text())
     last = rows_of(whole_run)[-1]
     assert summary["stage"] == "ppo"

@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer_ranks import Ranks
 
 from rlhf_ray.errors import EngineError
-from rlhf_ray.models.reading import SequenceScores, StateValues, TokenLogprobs
+from rlhf_ray.models.reading import SequenceScores, StateValues, TokenLogprobs, body_inputs
 from rlhf_ray.packing import Sequence, partition
 from rlhf_ray.training.objectives import (
     DirectPreference,
@@ -319,15 +319,79 @@ def test_evaluation_trains_nothing_and_drops_nothing_out(ranks, make_spec):
     assert abs(group.step(batch, objective, pairs).result()["loss"] - without["loss"]) > 1e-3
 
 
-def test_numbers_that_are_not_finite_stop_the_step(ray_cluster, make_spec, tmp_path):
-    """The bad sequence is on one of two ranks; the other waits for it and must not keep the driver."""
-    batch = responses(4)
-    batch[0].token_fields["advantages"][-1] = math.nan
+def odd_objective(*, broken: bool) -> Any:
+    """A loss of zero whose gradient is infinite times zero; or one that rank 0 cannot compute."""
+
+    class Odd:  # within a function, so that it travels by value: ranks cannot import this module
+        def counts(self, batch: Any) -> dict[str, float]:
+            return {"tokens": batch.num_targets}
+
+        def loss(self, model: Any, batch: Any, totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+            if broken and torch.distributed.get_rank() == 0:
+                raise EngineError("it is broken")
+            logprobs, _ = model(**body_inputs(batch), target_index=batch.target_index)
+            return (logprobs.sum() * 0.0).sqrt(), {}
+
+    return Odd()
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"zero_stage": 0},
+        {"zero_stage": 1},
+        {"zero_stage": 2, "offload_optimizer": True},
+        {"zero_stage": 3},
+        {"zero_stage": 3, "offload_optimizer": True},
+        {"zero_stage": 0, "dtype": "bf16"},
+        {"zero_stage": 2, "dtype": "bf16"},
+    ],
+    ids=lambda value: "-".join(map(str, value.values())),
+)
+def test_an_update_that_is_not_finite_is_skipped_by_all_ranks(ranks, make_spec, options, broken):
+    """One number of one sequence, on one of two ranks; or a gradient on both. It is as if it had not been there."""
+    objective, bad = CASES["on-policy"][0], responses(4)
+    bad[0].token_fields["advantages"][-1] = math.nan
+    spec = make_spec(**options, schedule="linear", learning_rate=1e-3)
+
+    def steps(*, with_bad: bool) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+        group = ranks(2).build(spec)
+        metrics = [group.step(responses(4), objective).result()]
+        if with_bad:
+            before = ranks(2).weights()
+            step = (bad, objective) if broken == "loss" else (responses(4), odd_objective(broken=False))
+            found = group.step(*step).result()
+            assert (found["skipped_updates"], found["unchanged_updates"]) == (1.0, 0.0)
+            assert math.isfinite(found["loss"]) == (broken == "gradient")
+            assert not math.isfinite(found["grad_norm"])
+            after = ranks(2).weights()
+            assert all(torch.equal(after[name], before[name]) for name in before)
+        metrics.append(group.step(responses(4), objective).result())
+        return metrics, ranks(2).weights()
+
+    metrics, weights = steps(with_bad=True)
+    expected_metrics, expected = steps(with_bad=False)
+    assert metrics == expected_metrics
+    assert [one["unchanged_updates"] for one in metrics] == [0.0, 0.0]
+    assert [name for name in expected if not torch.equal(weights[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_updates_that_change_nothing_are_counted(ranks, make_spec, zero_stage):
+    group = ranks(2).build(make_spec(zero_stage=zero_stage, learning_rate=1e-30))
+    found = [group.step(CASES["sft"][2], LanguageModeling()).result() for _ in range(3)]
+    assert [one["unchanged_updates"] for one in found] == [1.0, 2.0, 3.0]
+    assert [one["skipped_updates"] for one in found] == [0.0, 0.0, 0.0]
+
+
+def test_an_error_of_one_rank_ends_the_step(ray_cluster, make_spec, tmp_path):
+    """The other waits for it in a collective and must not keep the driver."""
     with ExitStack() as stack:
         own = Ranks(make_spec(), 2, tmp_path, stack)
         started = time.monotonic()
-        with pytest.raises(EngineError, match="advantages must be finite, found 1 of"):
-            own.group.step(batch, CASES["on-policy"][0]).result()
+        with pytest.raises(EngineError, match="it is broken"):
+            own.group.step(responses(4), odd_objective(broken=True)).result()
         assert time.monotonic() - started < 20
 
 

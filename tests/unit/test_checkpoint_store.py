@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 
 import pytest
@@ -11,12 +12,11 @@ from rlhf_ray.driver.checkpoint import CheckpointStore, damage
 from rlhf_ray.errors import CheckpointError
 
 
-def write(store: CheckpointStore, step: int) -> None:
-    def save(folder):
-        (folder / "trainer").mkdir()
-        (folder / "trainer" / "weights.bin").write_bytes(bytes([step % 256]) * 1000)
-
-    store.write(step, {"position": step * 10}, save)
+def write(store: CheckpointStore, step: int, score: float | None = None) -> None:
+    folder = store.prepare(step)
+    (folder / "trainer").mkdir()
+    (folder / "trainer" / "weights.bin").write_bytes(bytes([step % 256]) * 1000)
+    store.seal(step, {"position": step * 10}, score)
 
 
 def names(folder):
@@ -51,6 +51,28 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3, 4):
         write(store, step)
     assert names(tmp_path) == ["step_000003", "step_000004"]
+
+
+def test_the_best_is_kept_besides_and_known_after_a_restart(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    for step, score in ((1, 0.1), (2, 0.9), (3, 0.5), (4, math.nan), (5, None)):
+        write(store, step, score)
+    assert names(tmp_path) == ["step_000002", "step_000004", "step_000005"]
+    store = CheckpointStore(tmp_path, keep=2)
+    assert store.latest().step == 5
+    write(store, 6, 0.9)
+    assert names(tmp_path) == ["step_000005", "step_000006"]
+    write(store, 7, 0.2)
+    write(store, 8, 0.2)
+    assert names(tmp_path) == ["step_000006", "step_000007", "step_000008"]
+
+
+def test_what_will_not_be_sealed_is_swept(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    (store.prepare(1) / "half").write_text("half")
+    store.discard(1)
+    store.discard(2)
+    assert names(tmp_path) == []
 
 
 def test_steps_of_seven_digits_are_newer_than_those_of_six(tmp_path):
@@ -270,12 +292,7 @@ def test_leftovers_of_a_crash_are_swept_and_whole_checkpoints_stay(tmp_path):
     store = CheckpointStore(tmp_path, keep=3)
     write(store, 1)
 
-    def crash(folder):
-        (folder / "half").write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        store.write(2, {}, crash)
+    (store.prepare(2) / "half").write_text("half")
     assert names(tmp_path) == [".step_000002", "step_000001"]
     assert CheckpointStore(tmp_path, keep=3).latest().step == 1
     assert names(tmp_path) == ["step_000001"]

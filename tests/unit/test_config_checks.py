@@ -148,11 +148,6 @@ from rlhf_ray.config.load import CONFIGS
         ),
         (
             "sft",
-            ["training.betas=[0.9, 1]"],
-            "training.betas: [0.9, 1.0] are not both at least 0 and below 1; (0.9, 0.95) is usual",
-        ),
-        (
-            "sft",
             ["training.zero_stage=0", "training.offload_optimizer=true"],
             "training.offload_optimizer: true with `training.zero_stage` 0, which cannot; set the latter to 1, 2 or 3",
         ),

@@ -24,12 +24,12 @@ def entry(content: bytes) -> list[Any]:
 def step(tmp_path):
     """A whole checkpoint, with a file beside it that its manifest could name."""
 
-    def save(folder: Path) -> None:
-        (folder / "trainer").mkdir()
-        put(folder / "trainer" / "weights.bin", b"weights")
-
     put(tmp_path / "outside", b"outside")
-    folder = CheckpointStore(tmp_path / "checkpoints", keep=3).write(3, json.loads(STATE), save)
+    store = CheckpointStore(tmp_path / "checkpoints", keep=3)
+    work = store.prepare(3)
+    (work / "trainer").mkdir()
+    put(work / "trainer" / "weights.bin", b"weights")
+    folder = store.seal(3, json.loads(STATE))
     (folder / "link").symlink_to(tmp_path / "outside")
     (folder / "up").symlink_to(tmp_path)
     return folder

@@ -53,7 +53,8 @@ def write_run(folder: Path, steps: list[list[dict[str, Any]]], max_staleness: in
     for step, rows in enumerate(steps):
         pq.write_table(pa.Table.from_pylist(rows), folder / "samples" / f"step_{step:06d}.parquet")
     store = CheckpointStore(folder / "checkpoints", keep=2)
-    store.write(3, {"order": {"num_items": NUM_PROMPTS}}, lambda work: (work / "weights").write_text("x"))
+    (store.prepare(3) / "weights").write_text("x")
+    store.seal(3, {"order": {"num_items": NUM_PROMPTS}})
     return folder
 
 
