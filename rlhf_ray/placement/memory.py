@@ -60,12 +60,14 @@ class Estimate:
         parts: what is there at the peak; a part that is freed before it has only what is left of it then.
         on_gpu: whether it is a GPU's memory, else main memory.
         offloaded: what such a process keeps in main memory instead, bytes.
+        snapshot: what it adds to main memory while a checkpoint is written, bytes.
         at_rest: what it keeps on a GPU while it is the turn of others (`placement.share`); None where it has no turns.
     """
 
     parts: dict[str, float]
     on_gpu: bool
     offloaded: float = 0.0
+    snapshot: float = 0.0
     at_rest: float | None = None
 
     @property
@@ -76,7 +78,7 @@ class Estimate:
     @property
     def in_main_memory(self) -> float:
         """Bytes of the node's main memory; the libraries of a process on a GPU are not counted."""
-        return self.offloaded if self.on_gpu else self.total
+        return (self.offloaded if self.on_gpu else self.total) + self.snapshot
 
 
 Shapes = Callable[[str], ModelShape | None]
@@ -204,7 +206,8 @@ def trainer(
         "buffers": _buckets(p, stage, on_gpu=on_gpu) * b + (_in_transfer(on_gpu) if sends_weights else 0),
         "process": (GPU_PROCESS_GIB if on_gpu else CPU_PROCESS_GIB) * GIB,
     }
-    return Estimate(parts, on_gpu, offloaded)
+    # A checkpoint copies master weights and moments; without ZeRO rank 0 has them for all.
+    return Estimate(parts, on_gpu, offloaded, snapshot=p * 12 / ranks)
 
 
 def _in_transfer(on_gpu: bool) -> float:

@@ -8,6 +8,7 @@ checkpoints/
 logs/              one file per actor
 trace/             what each process did, and what it does now
 stalls/            reports of waits that ended without an answer
+bad_batches/       what updates that ended the run were to train on
 summary.json       written last
 .lock              held by the process that writes the run
 """
