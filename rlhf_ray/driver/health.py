@@ -4,7 +4,6 @@ A trainer skips an update whose loss or gradient is not finite (`training/traine
 row are a run that goes nowhere.
 """
 
-import json
 import logging
 from collections.abc import Sequence as Items
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from rlhf_ray.errors import EngineError
 from rlhf_ray.packing import Sequence
-from rlhf_ray.training.replay import ABOUT, save_batch
+from rlhf_ray.training.replay import save_batch
 
 logger = logging.getLogger(__name__)
 
@@ -73,15 +72,14 @@ class UpdateHealth:
         if self._skipped < MOST_SKIPPED:
             return
         folder = self._run_dir / BAD_BATCHES / f"{self._trainer}_{step:06d}"
-        save_batch(folder, batch, group, objective, metrics)
-        found = json.loads((folder / ABOUT).read_text())["not_finite"]
-        broken = [f"{count} numbers of its {name} are not finite" for name, count in found.items()]
+        broken = [f"{name} ({count})" for name, count in save_batch(folder, batch, group, objective, metrics).items()]
+        found = f"; not finite in it: {', '.join(broken)}" if broken else ""
         raise EngineError(
             f"{self._trainer} trainer: {MOST_SKIPPED} updates in a row were skipped, because loss or gradient was not "
             f"finite (the last loss {metrics['loss']}, gradient norm {metrics['grad_norm']}); the weights are those of "
             f"the last update that was taken. The last batch is saved in {folder}, to be read by "
-            f"rlhf_ray.training.replay.load_batch{''.join(f'; {one}' for one in broken)}. Lower the learning rate or "
-            "max_grad_norm, or look for broken data; the same command continues from the newest checkpoint"
+            f"rlhf_ray.training.replay.load_batch{found}. Lower the learning rate or max_grad_norm, or look for broken "
+            "data; the same command continues from the newest checkpoint"
         )
 
 

@@ -6,6 +6,7 @@ gives what `TrainerGroup.step` was called with, beside the objective; `about.jso
 """
 
 import json
+import math
 from collections.abc import Sequence as Items
 from dataclasses import asdict
 from pathlib import Path
@@ -24,12 +25,15 @@ TOKEN_FIELD, FIELD = "token_fields/", "fields/"
 
 def save_batch(
     folder: Path, sequences: Items[Sequence], group: Items[int] | None, objective: Any, metrics: dict[str, float]
-) -> None:
+) -> dict[str, int]:
     """Write a batch into the folder: sequences end to end as safetensors, the rest as JSON.
 
     Args:
         group: of `TrainerGroup.step`.
         objective: a dataclass; its name and values are written.
+
+    Returns:
+        Which of its fields have numbers that are NaN or infinite, and how many.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -44,12 +48,15 @@ def save_batch(
     for name in sequences[0].fields:
         tensors[f"{FIELD}{name}"] = torch.tensor([one.fields[name] for one in sequences], dtype=torch.float64)
     save_file(tensors, folder / TENSORS)
+    not_finite = _not_finite(tensors)
     about = {
         "objective": {"name": type(objective).__name__} | asdict(objective),
-        "metrics": metrics,
-        "not_finite": not_finite(tensors),
+        # JSON has no NaN.
+        "metrics": {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()},
+        "not_finite": not_finite,
     }
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+    return not_finite
 
 
 def load_batch(folder: str | Path) -> tuple[list[Sequence], list[int] | None]:
@@ -71,7 +78,6 @@ def load_batch(folder: str | Path) -> tuple[list[Sequence], list[int] | None]:
     return sequences, group
 
 
-def not_finite(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """How many numbers of each tensor are NaN or infinite, of those that have any."""
+def _not_finite(tensors: dict[str, Tensor]) -> dict[str, int]:
     counts = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in tensors.items()}
     return {name.rpartition("/")[2]: count for name, count in counts.items() if count}

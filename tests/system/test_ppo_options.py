@@ -18,17 +18,19 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_ray.algorithms.kl import AdaptiveKL
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.data import prompt_items, read_rows
+from rlhf_ray.driver import ppo
 from rlhf_ray.driver.groups import Groups, running_groups
 from rlhf_ray.driver.ppo import PPOLoop
 from rlhf_ray.driver.turns import Turns
 from rlhf_ray.driver.verify import verify
-from rlhf_ray.errors import RunStopped
+from rlhf_ray.errors import EngineError, RunStopped
 from rlhf_ray.models.reading import StateValues
 from rlhf_ray.packing import Sequence
 from rlhf_ray.stages.ppo import read_ptx
 from rlhf_ray.stages.run import open_run
 from rlhf_ray.tracking.rundir import RunDirectory
 from rlhf_ray.training.objectives import LanguageModeling
+from rlhf_ray.training.replay import load_batch
 
 pytestmark = pytest.mark.system
 
@@ -221,3 +223,24 @@ def test_a_run_that_samples_ahead_and_is_stopped_draws_what_it_had_begun_again(s
     findings = verify(Path(config.run.dir))
     assert [one.problem for one in findings if one.problem] == []
     assert "40 drawn of 20, each once an epoch" in [one.found for one in findings]
+
+
+def test_updates_that_are_not_finite_end_the_run_with_their_batch(shared: Shared, monkeypatch: pytest.MonkeyPatch):
+    build = ppo.build_experience
+
+    def spoil(*arguments: Any) -> Any:
+        experience = build(*arguments)
+        experience.policy[0].token_fields["advantages"][-1] = math.nan
+        return experience
+
+    monkeypatch.setattr(ppo, "build_experience", spoil)
+    config = shared.config("spoiled", ppo={"iterations": 5})
+    with pytest.raises(EngineError, match=r"policy trainer: 3 updates in a row were skipped.*in it: advantages .1."):
+        shared.train(config)
+    rows = rows_of(config)
+    assert [(row["skipped_updates/policy"], row["skipped_updates/critic"]) for row in rows] == [(1, 0), (1, 0)]
+    # The engines went on with the weights from before.
+    assert all(row["sampling/sampling_logp_difference/alarm"] == 0 for row in rows)
+    sequences, _ = load_batch(Path(config.run.dir) / "bad_batches" / "policy_000002")
+    assert len(sequences) == 16
+    assert sum(int(one.token_fields["advantages"].isnan().sum()) for one in sequences) == 1

@@ -8,6 +8,7 @@ import torch
 
 from rlhf_ray.algorithms.checks import noting_nonfinite, require_finite
 from rlhf_ray.driver.health import MOST_UNCHANGED, UpdateHealth, mismatch_alarm
+from rlhf_ray.driver.ppo import _over_updates
 from rlhf_ray.errors import EngineError
 from rlhf_ray.packing import Sequence
 from rlhf_ray.training.objectives import LanguageModeling, PolicyUpdate
@@ -35,7 +36,7 @@ def batch(advantage: float = 0.5) -> list[Sequence]:
 
 def test_a_batch_comes_back_as_it_was_saved(tmp_path):
     objective = PolicyUpdate(0.2, 0.7, one_step=True)
-    save_batch(tmp_path / "batch", batch(), [7, 8], objective, {"loss": 1.5})
+    save_batch(tmp_path / "batch", batch(), [7, 8], objective, {"loss": 1.5, "grad_norm": math.inf})
     sequences, group = load_batch(tmp_path / "batch")
     assert group == [7, 8]
     for found, expected in zip(sequences, batch(), strict=True):
@@ -46,7 +47,7 @@ def test_a_batch_comes_back_as_it_was_saved(tmp_path):
     about = json.loads((tmp_path / "batch" / "about.json").read_text())
     assert about["objective"]["name"] == "PolicyUpdate"
     assert (about["objective"]["clip_range"], about["objective"]["temperature"]) == (0.2, 0.7)
-    assert (about["metrics"], about["not_finite"]) == ({"loss": 1.5}, {})
+    assert (about["metrics"], about["not_finite"]) == ({"loss": 1.5, "grad_norm": "inf"}, {})
     save_batch(tmp_path / "bare", batch(), None, LanguageModeling(), {})
     assert load_batch(tmp_path / "bare")[1] is None
 
@@ -61,7 +62,7 @@ def test_three_skipped_updates_in_a_row_end_the_run_with_their_batch(tmp_path):
     assert str(error.value) == (
         "policy trainer: 3 updates in a row were skipped, because loss or gradient was not finite (the last loss nan, "
         "gradient norm nan); the weights are those of the last update that was taken. The last batch is saved in "
-        f"{folder}, to be read by rlhf_ray.training.replay.load_batch; 5 numbers of its advantages are not finite. "
+        f"{folder}, to be read by rlhf_ray.training.replay.load_batch; not finite in it: advantages (5). "
         "Lower the learning rate or max_grad_norm, or look for broken data; the same command continues from the newest "
         "checkpoint"
     )
@@ -100,6 +101,18 @@ def test_a_sample_sees_the_change_of_any_parameter():
             parameter.mul_(1.001)
         assert sample.changed()
         assert not sample.changed()
+
+
+def test_an_iteration_has_the_mean_of_its_updates_but_the_count_of_what_is_counted():
+    updates = [
+        {"val/ratio": 1.0, "skipped_updates/policy": 1.0, "unchanged_updates/policy": 4.0},
+        {"val/ratio": 3.0, "skipped_updates/policy": 1.0, "unchanged_updates/policy": 0.0},
+    ]
+    assert _over_updates(updates) == {
+        "val/ratio": 2.0,
+        "skipped_updates/policy": 2.0,
+        "unchanged_updates/policy": 0.0,
+    }
 
 
 def test_numbers_that_are_not_finite_are_noted_where_somebody_notes_them():

@@ -216,7 +216,9 @@ def test_main_memory_counts_for_an_offloaded_optimizer_and_the_copy_of_a_checkpo
     # Policy and critic of 0.49 billion parameters, 16 bytes each, and 12 of a copy.
     assert problems(apart, 26) == []
     (problem,) = problems(apart, 25)
-    assert problem.startswith("main memory of box: 25.8 GiB needed of 25.0 (policy 12.9, critic 12.9); set training.off")
+    assert problem.startswith(
+        "main memory of box: 25.8 GiB needed of 25.0 (policy 12.9, critic 12.9); set training.off"
+    )
     # Where they rest in main memory at the engines' turn, 12 bytes each are there in any case.
     (problem,) = problems(load_config("configs/one_gpu.yaml", [], "ppo"), 22)
     assert "22.1 GiB needed of 22.0 (policy 11.0, critic 11.0); set placement.share=" in problem
