@@ -54,7 +54,8 @@ class Snapshot:
             torch.save(self.random, random)
         except Exception:
             for path in (state, random):  # on a full disk they are in the way of the marker
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
             raise
 
     def write_aside(self, folder: Path) -> threading.Thread:
