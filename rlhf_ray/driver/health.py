@@ -9,7 +9,7 @@ from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.errors import EngineError
+from rlhf_ray.errors import BudgetExhausted
 from rlhf_ray.packing import Sequence
 from rlhf_ray.training.replay import save_batch
 
@@ -49,7 +49,7 @@ class UpdateHealth:
             batch: what was trained on, with `objective` and `group` as the trainer got them.
 
         Raises:
-            EngineError: too many updates in a row were skipped; the last one's batch is saved.
+            BudgetExhausted: too many updates in a row were skipped; the last one's batch is saved.
         """
         if metrics["unchanged_updates"] == MOST_UNCHANGED:
             logger.warning(
@@ -74,7 +74,7 @@ class UpdateHealth:
         folder = self._run_dir / BAD_BATCHES / f"{self._trainer}_{step:06d}"
         broken = [f"{name} ({count})" for name, count in save_batch(folder, batch, group, objective, metrics).items()]
         found = f"; not finite in it: {', '.join(broken)}" if broken else ""
-        raise EngineError(
+        raise BudgetExhausted(
             f"{self._trainer} trainer: {MOST_SKIPPED} updates in a row were skipped, because loss or gradient was not "
             f"finite (the last loss {metrics['loss']}, gradient norm {metrics['grad_norm']}); the weights are those of "
             f"the last update that was taken. The last batch is saved in {folder}, to be read by "

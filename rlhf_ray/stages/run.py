@@ -18,7 +18,7 @@ from rlhf_ray.driver.checkpoint import Checkpoint, CheckpointStore
 from rlhf_ray.driver.control import forget
 from rlhf_ray.driver.saving import Save, Saver
 from rlhf_ray.driver.storage import CheckpointStorage, StorageUnreachable
-from rlhf_ray.errors import CheckpointError, RlhfError, RunStopped
+from rlhf_ray.errors import ActorDied, CheckpointError, RlhfError, RunStopped, Stalled
 from rlhf_ray.models.saving import is_complete
 from rlhf_ray.names import model_folder
 from rlhf_ray.tracking.logs import setup_logging
@@ -198,13 +198,22 @@ class Run:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Around the loop, while the trainers live: what ends it leaves no whole checkpoint half written."""
+        """Around the loop, while the trainers live: what ends it leaves no checkpoint half written that could be whole.
+
+        Raises:
+            RunStopped: a process died in a run that a signal asked to end, and that is not to start again.
+        """
         try:
             yield
         except RunStopped:
             raise
-        except Exception:
+        except Exception as error:
             self._saver.wait(self._config.run.min_timeout_s)
+            if self._stop.is_set() and isinstance(error, ActorDied | Stalled):
+                raise RunStopped(
+                    f"{self._stage}: stopped by a signal; the step under way failed meanwhile, and "
+                    f"{self._continues()}\n{error}"
+                ) from error
             raise
         finally:
             self._saver.close()

@@ -10,10 +10,10 @@ from typing import Any
 import ray
 from torch import Tensor
 
-from rlhf_ray.errors import Stalled
+from rlhf_ray.errors import ActorDied, Stalled
 from rlhf_ray.packing import PackedBatch, Sequence, pack, partition
 from rlhf_ray.placement.groups import Placement
-from rlhf_ray.runtime.lifecycle import Event
+from rlhf_ray.runtime.lifecycle import Event, State
 from rlhf_ray.runtime.patience import Patience
 from rlhf_ray.runtime.remote import START_TIMEOUT_S, Answer, get
 from rlhf_ray.runtime.supervisor import Supervisor
@@ -94,7 +94,8 @@ class TrainerGroup:
     def save(self, folder: str) -> "PendingSave":
         """Write a checkpoint into `folder`, which all ranks must reach."""
         copied = self._on_all("save", "copying a checkpoint", folder, patience=self._files)
-        return PendingSave(copied, self._actors, Path(folder), f"{self.spec.name} trainer: writing a checkpoint")
+        phase = f"{self.spec.name} trainer: writing a checkpoint"
+        return PendingSave(copied, self._supervisor, self._names, Path(folder), phase)
 
     def load(self, folder: str) -> Answer:
         """Read a checkpoint."""
@@ -159,7 +160,8 @@ class PendingSave:
     """A checkpoint under way: copied by the ranks, then written by a thread of each."""
 
     copied: Answer
-    actors: list[Any]
+    supervisor: Supervisor
+    names: list[str]
     folder: Path
     phase: str
 
@@ -177,15 +179,12 @@ class PendingSave:
         """
         started = time.monotonic()
         limit = self.copied.patience.limit(self.phase)
-        # A busy rank answers after its step, and a dead one at once.
-        asked = {actor.__ray_ready__.remote(): actor for actor in self.actors}
-        while not all_written(self.folder, len(self.actors)):
+        while not all_written(self.folder, len(self.names)):
             if given_up.wait(POLL_S):
                 return
-            for ref in ray.wait(list(asked), num_returns=len(asked), timeout=0)[0]:
-                get(ref, self.phase, limit)
-                actor = asked.pop(ref)
-                asked[actor.__ray_ready__.remote()] = actor
+            for name in self.names:
+                if self.supervisor.state(name) is State.DEAD:
+                    raise ActorDied(f"{self.phase}: {name} died before it was done")
             if time.monotonic() - started > limit:
                 raise Stalled(f"{self.phase}: not all ranks wrote their parts within {limit:g} s")
         self.copied.patience.took(self.phase, time.monotonic() - started)

@@ -9,7 +9,7 @@ import torch
 from rlhf_ray.algorithms.checks import noting_nonfinite, require_finite
 from rlhf_ray.driver.health import MOST_UNCHANGED, UpdateHealth, mismatch_alarm
 from rlhf_ray.driver.ppo import _over_updates
-from rlhf_ray.errors import EngineError
+from rlhf_ray.errors import BudgetExhausted, EngineError
 from rlhf_ray.packing import Sequence
 from rlhf_ray.training.objectives import LanguageModeling, PolicyUpdate
 from rlhf_ray.training.replay import load_batch, save_batch
@@ -56,7 +56,7 @@ def test_three_skipped_updates_in_a_row_end_the_run_with_their_batch(tmp_path):
     health = UpdateHealth(tmp_path, "policy")
     for step, skipped in enumerate([True, True, False, True, True]):
         health.check(step, metrics(skipped=skipped), batch(), LanguageModeling(), None)
-    with pytest.raises(EngineError) as error:
+    with pytest.raises(BudgetExhausted) as error:
         health.check(5, metrics(skipped=True), batch(math.inf), LanguageModeling(), None)
     folder = tmp_path / "bad_batches" / "policy_000005"
     assert str(error.value) == (

@@ -189,6 +189,17 @@ def test_sigterm_saves_after_the_step_under_way(tmp_path):
     assert steps(tmp_path / "run" / "checkpoints") == ["step_000002"]
 
 
+def test_a_process_that_dies_in_a_run_that_is_to_end_does_not_start_it_again(tmp_path):
+    def die(step: int) -> None:
+        if step == 2:
+            terminate()
+            raise ActorDied("policy-0 died")
+
+    told = r"stopped by a signal; the step under way failed meanwhile, and the same command continues from step 2\n"
+    with pytest.raises(RunStopped, match=f"{told}policy-0 died"), open_stage(tmp_path, checkpoint_every=1) as run:
+        take_steps(run, Trainer(), 5, die)
+
+
 @pytest.mark.parametrize("every", [0, 1])
 def test_a_step_that_outlasts_the_grace_is_given_up(tmp_path, every):
     """The step would wait for longer than the test may take."""
