@@ -9,7 +9,7 @@ not over responses; a response cut at its limit is bootstrapped with the critic'
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from rlhf_ray.driver.experience import Experience, build_experience
 from rlhf_ray.driver.groups import Groups
 from rlhf_ray.driver.health import UpdateHealth, mismatch_alarm
 from rlhf_ray.driver.rollouts import Batch, Rollouts
+from rlhf_ray.errors import BudgetExhausted
 from rlhf_ray.models.reading import StateValues, TokenLogprobs
 from rlhf_ray.packing import Sequence
 from rlhf_ray.rollout.pool import sampling_seed
@@ -62,6 +63,8 @@ class PPOLoop:
         self.probe_ids = max((p.token_ids for p in prompts[:16]), key=len)[:PROBE_TOKENS]
         self.timings: dict[str, float] = {}
         self.stalled_s = 0.0  # by the checkpoint before this iteration
+        # The last iteration that is whole, as `Run.checkpoint_if_due` takes it.
+        self.done: tuple[int, dict[str, Any], Callable[[Path], list[PendingSave]], float] | None = None
         self.activity = Activity("driver", run.directory.path)
         self.rollouts = Rollouts(config, groups, prompts, self.activity)
         self.iteration = 0
@@ -86,7 +89,7 @@ class PPOLoop:
         with self._timed("iteration"):
             self._resize()
             with self._timed("wait"):
-                batch = self.rollouts.take(iteration, meanwhile=self._tend)
+                batch = self._take(iteration)
             staleness = batch.staleness(self.version, self.config.ppo.max_staleness)
             self.groups.turns.to_trainers()
             with self._timed("advantages"):
@@ -107,9 +110,19 @@ class PPOLoop:
         self.groups.supervisor.budget.renew()
         self.run.log(iteration, metrics, experience.samples)
         started = time.monotonic()
-        self.run.checkpoint_if_due(iteration, self._state(batch), self._save, metrics["objective/scores"])
+        self.done = iteration, self._state(batch), self._save, metrics["objective/scores"]
+        self.run.checkpoint_if_due(*self.done)
         self.stalled_s = time.monotonic() - started
         return metrics
+
+    def _take(self, iteration: int) -> Batch:
+        """Wait for the batch of an iteration; what is trained so far is saved if there will be none."""
+        try:
+            return self.rollouts.take(iteration, meanwhile=self._tend)
+        except BudgetExhausted:
+            if self.done is not None:
+                self.run.checkpoint_at_the_end(*self.done)
+            raise
 
     def _resize(self) -> None:
         """Have as many engines as were asked for; those that are up by now take the current weights and serve."""

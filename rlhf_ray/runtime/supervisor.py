@@ -95,7 +95,7 @@ class Supervisor:
         self._closed.set()
         self._thread.join()
         deadline = time.monotonic() + GONE_TIMEOUT_S
-        for name in self._killed:
+        for name in list(self._killed):
             _await_free(name, deadline)
 
     def watch(self, name: str, actor: Any, *, engine: bool = False, lost: Lost | None = None) -> None:

@@ -196,6 +196,17 @@ class Run:
                 f"it that {self.directory.checkpoints} can be written; {self._continues()}"
             )
 
+    def checkpoint_at_the_end(self, step: int, state: dict[str, Any], save: Save, score: float | None = None) -> None:
+        """A checkpoint after step `step`, unless there is one, for a run that is about to fail. Arguments as above."""
+        self._saver.wait()
+        if self._store.newest() == step + 1:
+            return
+        try:
+            self._saver.begin(step + 1, {**state, "wandb_run_id": self._tracker.run_id}, save, score)
+            self._saver.wait()
+        except RlhfError as error:  # what ends the run counts more
+            logger.warning("no checkpoint after step %d: %s", step + 1, error)
+
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Around the loop, while the trainers live: what ends it leaves no checkpoint half written that could be whole.
