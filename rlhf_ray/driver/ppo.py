@@ -26,6 +26,7 @@ from rlhf_ray.driver.control import wanted_engines
 from rlhf_ray.driver.experience import Experience, build_experience
 from rlhf_ray.driver.groups import Groups
 from rlhf_ray.driver.health import UpdateHealth, mismatch_alarm
+from rlhf_ray.driver.ledger import Ledger
 from rlhf_ray.driver.rollouts import Batch, Rollouts
 from rlhf_ray.errors import BudgetExhausted
 from rlhf_ray.models.reading import StateValues, TokenLogprobs
@@ -66,7 +67,8 @@ class PPOLoop:
         # The last iteration that is whole, as `Run.checkpoint_if_due` takes it.
         self.done: tuple[int, dict[str, Any], Callable[[Path], list[PendingSave]], float] | None = None
         self.activity = Activity("driver", run.directory.path)
-        self.rollouts = Rollouts(config, groups, prompts, self.activity)
+        self.ledger = Ledger(run.directory.ledger, ppo.max_staleness)
+        self.rollouts = Rollouts(config, groups, prompts, self.ledger, self.activity)
         self.iteration = 0
 
     def train(self) -> dict[str, float]:
@@ -77,6 +79,7 @@ class PPOLoop:
     def _train(self) -> dict[str, float]:
         self.groups.turns.to_trainers()
         self._restore()
+        self.ledger.start(self.run.start_step)
         self.groups.turns.to_engines()
         metrics = self._transfer()
         for iteration in self.run.begin(self.config.ppo.iterations, ["objective/scores", "objective/kl"]):
@@ -94,7 +97,7 @@ class PPOLoop:
             self.groups.turns.to_trainers()
             with self._timed("advantages"):
                 experience = self._experience(batch.scored)
-            with self._timed("train"):
+            with self._timed("train"), self.ledger.training(iteration, experience.samples):
                 metrics = self._update(iteration, experience)
             self.groups.turns.to_engines()
             if self._trains_policy(iteration):

@@ -15,6 +15,7 @@ from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.data import EpochOrder
 from rlhf_ray.data.formats import Prompt
 from rlhf_ray.driver.groups import Groups
+from rlhf_ray.driver.ledger import Ledger
 from rlhf_ray.errors import EngineError
 from rlhf_ray.rollout.engine import SampleRequest
 from rlhf_ray.rollout.pool import sampling_seed
@@ -54,28 +55,45 @@ class Batch:
             Metrics: mean over tokens, and the largest.
 
         Raises:
-            EngineError: a token is older than the bound, which admission rules out: better to stop than to train on it.
+            EngineError: a token is older than the bound or newer than the weights, which admission rules out: better to
+                stop than to train on it.
         """
         spans = [span for one in self.scored for span in one.trajectory.versions]
         oldest = version - min(span.version for span in spans)
-        if oldest > bound:
+        newest = max(span.version for span in spans)
+        if oldest > bound or newest > version:
             raise EngineError(
-                f"iteration {self.iteration}: a token is from weights {oldest} updates old, and `ppo.max_staleness` is "
-                f"{bound}; the run stops before it trains on it. Please report this: admission should rule it out"
+                f"iteration {self.iteration}: tokens are from weights of versions {version - oldest} to {newest}, and "
+                f"version {version} is trained with `ppo.max_staleness` {bound}; the run stops before that. Please "
+                "report this: admission should rule it out"
             )
         tokens = sum(span.end - span.start for span in spans)
         late = sum((version - span.version) * (span.end - span.start) for span in spans)
         return {"sampling/staleness/mean": late / max(tokens, 1), "sampling/staleness/max": float(oldest)}
 
 
+@dataclass(frozen=True)
+class _Draw:
+    """What is to be sampled for one iteration: a request a sample, the prompt of each uid; and as in `Batch`."""
+
+    iteration: int
+    requests: list[SampleRequest]
+    prompts: dict[str, Prompt]
+    order: dict[str, Any]
+    epoch: float
+
+
 class Rollouts:
     """The batches of a run, in order."""
 
-    def __init__(self, config: PPOConfig, groups: Groups, prompts: list[Prompt], activity: Activity) -> None:
+    def __init__(
+        self, config: PPOConfig, groups: Groups, prompts: list[Prompt], ledger: Ledger, activity: Activity
+    ) -> None:
         self.order = EpochOrder(len(prompts), config.run.seed)
         self._config = config
         self._groups = groups
         self._prompts = prompts
+        self._ledger = ledger
         self._activity = activity
         self._ahead: dict[int, Future[Batch]] = {}
         self._threads = ThreadPoolExecutor(config.ppo.max_staleness + 1, thread_name_prefix="rollouts")
@@ -91,7 +109,7 @@ class Rollouts:
             return
         for coming in range(iteration, min(iteration + ppo.max_staleness + 1, ppo.iterations)):
             if coming not in self._ahead:
-                self._ahead[coming] = self._threads.submit(self._make, coming, *self._draw())
+                self._ahead[coming] = self._threads.submit(self._make, self._draw(coming))
 
     def take(self, iteration: int, meanwhile: Callable[[], None]) -> Batch:
         """Wait for the batch of an iteration; its predecessors were taken before.
@@ -102,32 +120,39 @@ class Rollouts:
         """
         self.admit(iteration)
         if iteration not in self._ahead:
-            self._ahead[iteration] = self._threads.submit(self._make, iteration, *self._draw())
+            self._ahead[iteration] = self._threads.submit(self._make, self._draw(iteration))
         batch = self._ahead.pop(iteration)
         while not wait([batch], MEANWHILE_EVERY_S).done:  # every wait in that thread has a deadline of its own
             meanwhile()
         return batch.result()
 
-    def _draw(self) -> tuple[list[Prompt], dict[str, Any], float]:
+    def _draw(self, iteration: int) -> _Draw:
         prompts = [self._prompts[i] for i in self.order.next(self._config.ppo.prompts_per_iteration)]
-        return prompts, self.order.state_dict(), self.order.epoch + self.order.position / len(self._prompts)
+        requests, by_uid = self.requests(iteration, prompts)
+        self._ledger.draw(iteration, [(one.uid, one.sample) for one in requests])
+        epoch = self.order.epoch + self.order.position / len(self._prompts)
+        return _Draw(iteration, requests, by_uid, self.order.state_dict(), epoch)
 
-    def _make(self, iteration: int, prompts: list[Prompt], order: dict[str, Any], epoch: float) -> Batch:
+    def _make(self, draw: _Draw) -> Batch:
         """Sample and score: reference, rewards and critic work while other responses are still being sampled."""
         started = time.monotonic()
-        requests, by_uid = self.requests(iteration, prompts)
+        iteration = draw.iteration
         sampled = started
 
         def stream() -> Iterator[list[Trajectory]]:
             nonlocal sampled
             with self._activity.busy("generate", iteration=iteration):
-                yield from self._groups.rollout.generate(requests)
+                self._ledger.dispatch(iteration)
+                for finished in self._groups.rollout.generate(draw.requests):
+                    self._ledger.complete(iteration, [(one.uid, one.sample) for one in finished])
+                    yield finished
             sampled = time.monotonic()
 
         # Responses that wait for their turn to train get the values of the critic of that time.
         with_values = self._config.ppo.max_staleness == 0
-        scored = self._groups.scorer.score(stream(), by_uid, with_values=with_values)
-        return Batch(iteration, scored, order, epoch, sampled - started, time.monotonic() - sampled)
+        scored = self._groups.scorer.score(stream(), draw.prompts, with_values=with_values)
+        self._ledger.score(iteration, [(one.trajectory.uid, one.trajectory.sample) for one in scored])
+        return Batch(iteration, scored, draw.order, draw.epoch, sampled - started, time.monotonic() - sampled)
 
     def requests(self, iteration: int, prompts: list[Prompt]) -> tuple[list[SampleRequest], dict[str, Prompt]]:
         """What to sample, and the prompt of each uid."""

@@ -1,7 +1,7 @@
 """Whether what a run left behind accounts for every prompt, every token's weights and every checkpoint. Starts nothing.
 
-A PPO run writes a row for each response of each iteration it finished (`samples/`), so this folder is the ledger:
-a prompt that was drawn, sampled and scored but whose iteration did not end is drawn again after a resume.
+A PPO run writes a row for each response of each iteration it finished (`samples/`), and each step of its batches into
+its ledger (`driver/ledger.py`); the two must say the same. A run that is older than the ledger has the tables alone.
 """
 
 import json
@@ -18,11 +18,21 @@ import pyarrow.parquet as pq
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.load import load_any
 from rlhf_ray.driver.checkpoint import STATE, checkpoint_folders, damage, step_of
-from rlhf_ray.errors import StageError
+from rlhf_ray.driver.ledger import ABANDONED, EXCLUDED, STARTED, WAY, digest, ledger_rows
+from rlhf_ray.errors import StageError, shortened
 from rlhf_ray.tracking.rundir import metric_rows
 
 MOST_NAMES = 3
-COLUMNS = ["uid", "sample", "weight_version", "oldest_version"]
+# The steps that may stand before each step of a batch in the ledger; None: the batch is new, or was abandoned.
+FOLLOWS: dict[str, tuple[str | None, ...]] = {
+    "drawn": (None,),
+    "dispatched": ("drawn",),
+    "completed": ("dispatched",),
+    "scored": ("completed",),
+    "excluded": ("scored",),
+    "trained": ("scored", "excluded"),
+}
+COLUMNS = ["uid", "sample", "score", "weight_version", "oldest_version"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,7 @@ def verify(run_dir: Path) -> list[Finding]:
         _samples(config, tables),
         _draws(_num_prompts(run_dir, whole), tables),
         _versions(config, tables),
+        *_ledger(run_dir / "ledger.jsonl", tables),
     ]
 
 
@@ -168,3 +179,59 @@ def _versions(config: PPOConfig, tables: list[list[dict[str, Any]]]) -> Finding:
                 return Finding("weights", f"{len(tables)} steps", problem)
     allowed = f"at most {bound} updates older than" if bound else "from"
     return Finding("weights", f"{len(tables)} steps, each sampled {allowed} the weights of its beginning")
+
+
+def _ledger(path: Path, tables: list[list[dict[str, Any]]]) -> list[Finding]:
+    """Each batch went the whole way, step by step, and the tables hold the very samples that it ended with."""
+    if not path.exists():
+        return []  # a run that is older than the ledger
+    rows = [row for _, row in ledger_rows(path)]
+    found = f"{len(rows)} lines"
+    batches: dict[int, list[dict[str, Any]]] = {}  # iteration -> the steps that it has taken
+    before = None
+    for number, row in enumerate(rows, start=1):
+        problem = _misstep(batches, row, before)
+        if problem is not None:
+            return [Finding("ledger", found, f"line {number}: iteration {row['iteration']} {problem}")]
+        before = row["event"]
+    first = rows[0]["iteration"] if rows else 0
+    for step, samples in enumerate(tables[first:], start=first):
+        for event, chosen in (
+            (WAY[-1], [row for row in samples if row.get("score") is not None]),
+            (EXCLUDED, [row for row in samples if row.get("score") is None]),
+        ):
+            written = [row["digest"] for row in batches.get(step, []) if row["event"] == event]
+            if written != [digest((row["uid"], row["sample"]) for row in chosen)] * bool(chosen):
+                problem = f"step {step}: the {len(chosen)} samples of its table are not those that were {event}"
+                return [Finding("ledger", found, problem)]
+    trained = sum(row["count"] for steps in batches.values() for row in steps if row["event"] == WAY[-1])
+    again = sum(row["event"] == ABANDONED for row in rows)
+    return [
+        Finding("ledger", f"{found}, {trained} samples trained once each, {again} batches abandoned and drawn again")
+    ]
+
+
+def _misstep(batches: dict[int, list[dict[str, Any]]], row: dict[str, Any], before: str | None) -> str | None:
+    """Takes a line of the ledger into the steps of its batch; says in words what the line cannot follow on."""
+    event, steps = row["event"], batches.setdefault(row["iteration"], [])
+    last = steps[-1]["event"] if steps else None
+    if event == STARTED:
+        return None
+    if before is None:
+        return f"was {shortened(event, 50)} before the run was started"
+    if event == ABANDONED:
+        if last is None or before not in (STARTED, ABANDONED):
+            return f"was abandoned, and {'was not drawn' if last is None else 'the run went on'}"
+        steps.clear()
+        return None
+    if last not in FOLLOWS.get(event, ()):
+        return f"was {shortened(event, 50)} when it was {last or 'not drawn'}"
+    if type(row.get("count")) is not int or type(row.get("digest")) is not str:
+        return f"was {event}, and the line names no samples"
+    steps.append(row)
+    if event in WAY[1:-1] and row["digest"] != steps[0]["digest"]:
+        return f"was {event} with other samples than were drawn"
+    ended = [one["count"] for one in steps if one["event"] in (EXCLUDED, WAY[-1])]
+    if event == WAY[-1] and sum(ended) != steps[0]["count"]:
+        return f"was trained, and of {steps[0]['count']} samples {sum(ended)} were trained or excluded"
+    return None

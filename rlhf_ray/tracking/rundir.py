@@ -3,6 +3,7 @@
 config.yaml        the resolved configuration
 run.json           what makes this run this run (`identity`), and the tracker's run id
 metrics.jsonl      one object a step
+ledger.jsonl       what became of the samples of each iteration (PPO)
 samples/           step_000001.parquet, ...
 checkpoints/
 logs/              one file per actor
@@ -24,9 +25,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from rlhf_ray.errors import StageError
+from rlhf_ray.errors import StageError, shortened
 
 logger = logging.getLogger(__name__)
+
+# A thousand times what a line of metrics has; what is longer was not written by a run.
+LONGEST_LINE_BYTES = 4 * 2**20
 
 
 @contextmanager
@@ -94,6 +98,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         """One JSON object a step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        """What became of the samples of each iteration."""
+        return self.path / "ledger.jsonl"
 
     @property
     def samples(self) -> Path:
@@ -219,18 +228,41 @@ def metric_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     Raises:
         StageError: another line is damaged.
     """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            row["step"]
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
-            if number == len(lines):
-                logger.warning("the last line of %s was cut short and is ignored", path)
-                break
-            raise StageError(
-                f"{path}, line {number}: no metrics object ({error}); remove the line or change `run.dir`"
-            ) from error
-        found.append((line, row))
-    return found
+    return list(json_rows(path, {"step": int}, "metrics object"))
+
+
+def json_rows(path: Path, wanted: Mapping[str, type], what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Line and object of each line in a file that a run appends to; a last line that a crash has cut is left out.
+
+    Args:
+        path: the file; without one there are no lines.
+        wanted: keys that each object has, and the types of their values.
+        what: what a line holds, for messages.
+
+    Raises:
+        StageError: another line is damaged, or longer than `LONGEST_LINE_BYTES`.
+    """
+    if not path.exists():
+        return
+    if not path.is_file():  # a pipe would be waited for
+        raise StageError(f"{path} is no file; remove it or change `run.dir`")
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(LONGEST_LINE_BYTES + 1):
+            number += 1
+            try:
+                if len(line) > LONGEST_LINE_BYTES:
+                    raise ValueError(f"more than {LONGEST_LINE_BYTES} bytes")
+                text = line.decode().rstrip("\r\n")
+                row = json.loads(text)
+                for key, kind in wanted.items():
+                    if type(row[key]) is not kind:
+                        raise ValueError(f"`{key}` is {shortened(repr(row[key]), 50)}")
+            except (ValueError, TypeError, LookupError, RecursionError) as error:
+                if len(line) <= LONGEST_LINE_BYTES and not file.read(1):
+                    logger.warning("the last line of %s was cut short and is ignored", path)
+                    return
+                raise StageError(
+                    f"{path}, line {number}: no {what} ({shortened(error)}); remove the line or change `run.dir`"
+                ) from error
+            yield text, row

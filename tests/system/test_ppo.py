@@ -318,6 +318,7 @@ def test_nothing_is_lost_or_doubled_by_a_stop_and_a_kill(interrupted_run: dict[s
     found = verify(Path(interrupted_run["config"].run.dir))
     assert {one.subject: one.problem for one in found if one.problem} == {}
     assert any(one.subject.startswith("checkpoint") for one in found)
+    assert any(one.subject == "ledger" and "64 samples trained once each" in one.found for one in found)
 
 
 def test_a_stopped_and_killed_run_ends_with_the_same_weights_bit_for_bit(

@@ -20,6 +20,7 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.data import prompt_items, read_rows
 from rlhf_ray.driver import ppo
 from rlhf_ray.driver.groups import Groups, running_groups
+from rlhf_ray.driver.ledger import ledger_rows
 from rlhf_ray.driver.ppo import PPOLoop
 from rlhf_ray.driver.turns import Turns
 from rlhf_ray.driver.verify import verify
@@ -223,6 +224,14 @@ def test_a_run_that_samples_ahead_and_is_stopped_draws_what_it_had_begun_again(s
     findings = verify(Path(config.run.dir))
     assert [one.problem for one in findings if one.problem] == []
     assert "40 drawn of 20, each once an epoch" in [one.found for one in findings]
+    # The one that was trained before the stop is not among them.
+    ledger = [row for _, row in ledger_rows(Path(config.run.dir) / "ledger.jsonl")]
+    again = next(index for index, row in enumerate(ledger) if row["event"] == "started" and row["iteration"] == 1)
+    assert [(row["event"], row["iteration"]) for row in ledger[again + 1 : again + 4]] == [
+        *(("abandoned", iteration) for iteration in (1, 2, 3)),
+    ]
+    assert sorted(row["iteration"] for row in ledger if row["event"] == "trained") == list(range(5))
+    assert findings[-1].subject == "ledger" and "80 samples trained once each, 3 batches" in findings[-1].found
 
 
 def test_updates_that_are_not_finite_end_the_run_with_their_batch(shared: Shared, monkeypatch: pytest.MonkeyPatch):

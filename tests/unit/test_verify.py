@@ -13,6 +13,7 @@ import yaml
 from rlhf_ray.cli import main
 from rlhf_ray.config import from_dict
 from rlhf_ray.driver.checkpoint import CheckpointStore
+from rlhf_ray.driver.ledger import Ledger
 from rlhf_ray.driver.verify import verify
 from rlhf_ray.errors import StageError
 
@@ -29,8 +30,8 @@ def rows_of_steps() -> list[list[dict[str, Any]]]:
             names.append(name if name not in names else f"{name}+{len(names)}")
             position += 1
         version = max(0, step - 1)
-        versions = {"weight_version": version, "oldest_version": version}
-        steps.append([{"uid": name, "sample": k, **versions} for name in names for k in range(SAMPLES)])
+        rest = {"score": 0.5, "weight_version": version, "oldest_version": version}
+        steps.append([{"uid": name, "sample": k, **rest} for name in names for k in range(SAMPLES)])
     return steps
 
 
@@ -129,6 +130,105 @@ def test_what_was_lost_or_doubled_is_named(
         main(["verify", str(run)])
     assert ended.value.code == 1
     assert said in capsys.readouterr().out
+
+
+def write_ledger(run: Path, steps: list[list[dict[str, Any]]]) -> list[str]:
+    """A run of these steps, stopped in its third iteration and continued; the lines of its ledger."""
+    ledger = Ledger(run / "ledger.jsonl", max_staleness=0)
+    ledger.start(0)
+    for step, rows in enumerate([*steps[:3], *steps[2:]]):
+        iteration = step if step < 3 else step - 1
+        if step == 3:
+            ledger.start(2)
+        samples = [(row["uid"], row["sample"]) for row in rows]
+        ledger.draw(iteration, samples)
+        ledger.dispatch(iteration)
+        ledger.complete(iteration, samples)
+        ledger.score(iteration, samples)
+        if step != 2:
+            with ledger.training(iteration, rows):
+                pass
+    return (run / "ledger.jsonl").read_text().splitlines()
+
+
+def unscored() -> list[list[dict[str, Any]]]:
+    """The last iteration has a response without a score."""
+    steps = rows_of_steps()
+    steps[3][0]["score"] = None
+    return steps
+
+
+def test_a_run_with_a_ledger_that_says_the_same_passes(tmp_path):
+    run = write_run(tmp_path / "run", unscored())
+    assert [line.split('"')[3] for line in write_ledger(run, unscored())][10:19] == [
+        *("trained", "drawn", "dispatched", "completed", "scored", "started", "abandoned", "drawn", "dispatched")
+    ]
+    assert problems(run) == {}
+    last = verify(run)[-1]
+    assert last.subject == "ledger"
+    assert last.found == "28 lines, 23 samples trained once each, 1 batches abandoned and drawn again"
+    # The line that a crash has cut.
+    with (run / "ledger.jsonl").open("a") as file:
+        file.write('{"event": "dra')
+    assert problems(run) == {}
+
+
+# The lines by their place: 0 started; 1 to 10 two iterations; 11 to 14 the third; 15 started at it; 16 abandoned; 17 to
+# 21 the third again; 22 to 27 the fourth, with one sample excluded.
+PLANTED: dict[str, tuple[Callable[[list[str]], object], str]] = {
+    "start removed": (lambda lines: lines.pop(0), "line 1: iteration 0 was drawn before the run was started"),
+    "drawn removed": (lambda lines: lines.pop(1), "line 2: iteration 0 was dispatched when it was not drawn"),
+    "completed removed": (lambda lines: lines.pop(3), "line 4: iteration 0 was scored when it was dispatched"),
+    "abandoned removed": (lambda lines: lines.pop(16), "line 17: iteration 2 was drawn when it was scored"),
+    "second start removed": (lambda lines: lines.pop(15), "line 16: iteration 2 was abandoned, and the run went on"),
+    "excluded removed": (lambda lines: lines.pop(26), "of 6 samples 5 were trained or excluded"),
+    "last line removed": (lambda lines: lines.pop(), "step 3: the 5 samples of its table are not those that were tr"),
+    "iteration removed": (lambda lines: lines.__delitem__(slice(6, 11)), "step 1: the 6 samples of its table are not"),
+    "trained doubled": (lambda lines: lines.insert(5, lines[5]), "line 7: iteration 0 was trained when it was trained"),
+    "drawn doubled": (lambda lines: lines.insert(1, lines[1]), "line 3: iteration 0 was drawn when it was drawn"),
+    "trained again": (lambda lines: lines.extend(lines[1:6]), "line 29: iteration 0 was drawn when it was trained"),
+    "other samples": (
+        lambda lines: lines.__setitem__(3, lines[3].replace('"digest": "', '"digest": "0')),
+        "line 4: iteration 0 was completed with other samples than were drawn",
+    ),
+    "no samples": (
+        lambda lines: lines.__setitem__(3, '{"event": "completed", "iteration": 0}'),
+        "line 4: iteration 0 was completed, and the line names no samples",
+    ),
+    "no step": (
+        lambda lines: lines.__setitem__(3, '{"event": "lost", "iteration": 0}'),
+        "line 4: iteration 0 was lost when it was dispatched",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_damage_to_the_ledger_is_named(case, tmp_path):
+    run = write_run(tmp_path / "run", unscored())
+    lines = write_ledger(run, unscored())
+    change, said = PLANTED[case]
+    change(lines)
+    (run / "ledger.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    found = problems(run)
+    assert list(found) == ["ledger"]
+    assert said in found["ledger"]
+
+
+def test_a_table_that_holds_other_samples_than_were_trained_is_named(tmp_path):
+    steps = unscored()
+    steps[1][0]["score"] = None
+    run = write_run(tmp_path / "run", steps)
+    write_ledger(run, unscored())
+    assert problems(run) == {
+        "ledger": "step 1: the 5 samples of its table are not those that were trained",
+    }
+
+
+def test_a_ledger_that_began_with_a_later_iteration_speaks_of_those_after_it(tmp_path):
+    run = write_run(tmp_path / "run", rows_of_steps())
+    lines = write_ledger(run, rows_of_steps())
+    (run / "ledger.jsonl").write_text("".join(f"{line}\n" for line in [lines[15], *lines[17:]]))
+    assert problems(run) == {}
 
 
 def test_steps_that_are_missing_and_checkpoints_that_are_damaged_are_named(tmp_path):
