@@ -35,9 +35,10 @@ MOST_NAMES = 3
 
 
 @dataclass
-class _Batch:
+class LedgerBatch:
     """The samples of one iteration under way: the step that all have taken, and which have yet to take the next."""
 
+    iteration: int
     samples: frozenset[Sample]
     step: str
     left: set[Sample]
@@ -54,7 +55,7 @@ class Ledger:
     def __init__(self, path: Path, max_staleness: int) -> None:
         self._path = path
         self._max_staleness = max_staleness
-        self._batches: dict[int, _Batch] = {}
+        self._batches: dict[int, LedgerBatch] = {}
         self._iteration = 0  # the one under way: the next to be trained
         self._drawn = 0  # the next to be drawn
         self._lock = threading.Lock()
@@ -78,8 +79,13 @@ class Ledger:
             self._batches.clear()
             self._iteration = self._drawn = iteration
 
-    def draw(self, iteration: int, samples: Iterable[Sample]) -> None:
-        """The samples of the next iteration.
+    def close(self) -> None:
+        """Take nothing more: who still reports a batch is told that it is not under way."""
+        with self._lock:
+            self._batches.clear()
+
+    def draw(self, iteration: int, samples: Iterable[Sample]) -> LedgerBatch:
+        """The samples of the next iteration; returns what the further steps are reported of.
 
         Raises:
             EngineError: as every method, where the order is broken: here, a sample comes twice, or the iteration is out
@@ -96,23 +102,22 @@ class Ledger:
                     f"(`ppo.max_staleness` is {self._max_staleness})",
                 )
             self._drawn += 1
-            self._batches[iteration] = _Batch(frozenset(listed), WAY[0], set(listed))
+            batch = LedgerBatch(iteration, frozenset(listed), WAY[0], set(listed))
+            self._batches[iteration] = batch
             self._write(WAY[0], iteration, listed)
+            return batch
 
-    def dispatch(self, iteration: int) -> None:
-        """All samples of an iteration go to the engines."""
-        with self._lock:
-            self._take("dispatched", iteration, list(self._batch(iteration).samples))
+    def dispatch(self, batch: LedgerBatch) -> None:
+        """All samples of a batch go to the engines."""
+        self._take("dispatched", batch, batch.samples)
 
-    def complete(self, iteration: int, samples: Iterable[Sample]) -> None:
+    def complete(self, batch: LedgerBatch, samples: Iterable[Sample]) -> None:
         """Some of the responses came."""
-        with self._lock:
-            self._take("completed", iteration, samples)
+        self._take("completed", batch, samples)
 
-    def score(self, iteration: int, samples: Iterable[Sample]) -> None:
+    def score(self, batch: LedgerBatch, samples: Iterable[Sample]) -> None:
         """Some of the responses are scored, or have been asked for a score in vain."""
-        with self._lock:
-            self._take("scored", iteration, samples)
+        self._take("scored", batch, samples)
 
     @contextmanager
     def training(self, iteration: int, rows: list[dict[str, Any]]) -> Iterator[None]:
@@ -125,8 +130,10 @@ class Ledger:
         trained = [(row["uid"], row["sample"]) for row in rows if row["score"] is not None]
         excluded = [(row["uid"], row["sample"]) for row in rows if row["score"] is None]
         with self._lock:
-            batch = self._batch(iteration)
-            self._check(iteration, batch, "trained", trained + excluded)
+            if iteration not in self._batches:
+                raise _broken(iteration, "it is not under way")
+            batch = self._batches[iteration]
+            self._check("trained", batch, trained + excluded)
             if batch.left:
                 raise _broken(iteration, f"{_named(batch.left)} would be neither trained nor excluded")
             if iteration != self._iteration:
@@ -139,21 +146,19 @@ class Ledger:
                 self._write(EXCLUDED, iteration, excluded)
             self._write(WAY[-1], iteration, trained)
 
-    def _batch(self, iteration: int) -> _Batch:
-        if iteration not in self._batches:
-            raise _broken(iteration, "it is not under way")
-        return self._batches[iteration]
-
-    def _take(self, step: str, iteration: int, samples: Iterable[Sample]) -> None:
+    def _take(self, step: str, batch: LedgerBatch, samples: Iterable[Sample]) -> None:
         """Samples take a step; when the last one has, the batch has taken it."""
-        batch = self._batch(iteration)
-        self._check(iteration, batch, step, samples)
-        if not batch.left:
-            batch.step, batch.left = step, set(batch.samples)
-            self._write(step, iteration, batch.samples)
+        with self._lock:
+            # A thread may outlive the run that it worked for, or what its run has abandoned.
+            if self._batches.get(batch.iteration) is not batch:
+                raise _broken(batch.iteration, "it is not under way")
+            self._check(step, batch, samples)
+            if not batch.left:
+                batch.step, batch.left = step, set(batch.samples)
+                self._write(step, batch.iteration, batch.samples)
 
     @staticmethod
-    def _check(iteration: int, batch: _Batch, step: str, samples: Iterable[Sample]) -> None:
+    def _check(step: str, batch: LedgerBatch, samples: Iterable[Sample]) -> None:
         """That all samples of the batch have taken the step before, and these not yet this one."""
         before = WAY[WAY.index(step) - 1]
         for sample in samples:
@@ -162,7 +167,7 @@ class Ledger:
                 if sample in batch.samples:
                     late = WAY.index(batch.step) >= WAY.index(before)
                     known = f"was {step} before" if late else f"is not {before} yet"
-                raise _broken(iteration, f"{_named([sample])} was {step}, and {known}")
+                raise _broken(batch.iteration, f"{_named([sample])} was {step}, and {known}")
             batch.left.remove(sample)
 
     def _write(self, event: str, iteration: int, samples: Iterable[Sample] | None = None, **more: Any) -> None:

@@ -73,7 +73,7 @@ class PPOLoop:
 
     def train(self) -> dict[str, float]:
         """Run the iterations that are left; returns the last one's metrics."""
-        with closing(self.activity), closing(self.rollouts), self.run.saving():
+        with closing(self.activity), closing(self.rollouts), closing(self.ledger), self.run.saving():
             return self._train()
 
     def _train(self) -> dict[str, float]:

@@ -15,7 +15,7 @@ from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.data import EpochOrder
 from rlhf_ray.data.formats import Prompt
 from rlhf_ray.driver.groups import Groups
-from rlhf_ray.driver.ledger import Ledger
+from rlhf_ray.driver.ledger import Ledger, LedgerBatch
 from rlhf_ray.errors import EngineError
 from rlhf_ray.rollout.engine import SampleRequest
 from rlhf_ray.rollout.pool import sampling_seed
@@ -76,7 +76,7 @@ class Batch:
 class _Draw:
     """What is to be sampled for one iteration: a request a sample, the prompt of each uid; and as in `Batch`."""
 
-    iteration: int
+    drawn: LedgerBatch
     requests: list[SampleRequest]
     prompts: dict[str, Prompt]
     order: dict[str, Any]
@@ -129,29 +129,29 @@ class Rollouts:
     def _draw(self, iteration: int) -> _Draw:
         prompts = [self._prompts[i] for i in self.order.next(self._config.ppo.prompts_per_iteration)]
         requests, by_uid = self.requests(iteration, prompts)
-        self._ledger.draw(iteration, [(one.uid, one.sample) for one in requests])
+        drawn = self._ledger.draw(iteration, [(one.uid, one.sample) for one in requests])
         epoch = self.order.epoch + self.order.position / len(self._prompts)
-        return _Draw(iteration, requests, by_uid, self.order.state_dict(), epoch)
+        return _Draw(drawn, requests, by_uid, self.order.state_dict(), epoch)
 
     def _make(self, draw: _Draw) -> Batch:
         """Sample and score: reference, rewards and critic work while other responses are still being sampled."""
         started = time.monotonic()
-        iteration = draw.iteration
+        drawn, iteration = draw.drawn, draw.drawn.iteration
         sampled = started
 
         def stream() -> Iterator[list[Trajectory]]:
             nonlocal sampled
             with self._activity.busy("generate", iteration=iteration):
-                self._ledger.dispatch(iteration)
+                self._ledger.dispatch(drawn)
                 for finished in self._groups.rollout.generate(draw.requests):
-                    self._ledger.complete(iteration, [(one.uid, one.sample) for one in finished])
+                    self._ledger.complete(drawn, [(one.uid, one.sample) for one in finished])
                     yield finished
             sampled = time.monotonic()
 
         # Responses that wait for their turn to train get the values of the critic of that time.
         with_values = self._config.ppo.max_staleness == 0
         scored = self._groups.scorer.score(stream(), draw.prompts, with_values=with_values)
-        self._ledger.score(iteration, [(one.trajectory.uid, one.trajectory.sample) for one in scored])
+        self._ledger.score(drawn, [(one.trajectory.uid, one.trajectory.sample) for one in scored])
         return Batch(iteration, scored, draw.order, draw.epoch, sampled - started, time.monotonic() - sampled)
 
     def requests(self, iteration: int, prompts: list[Prompt]) -> tuple[list[SampleRequest], dict[str, Prompt]]:

@@ -38,10 +38,10 @@ def run(tmp_path: Path) -> Path:
     for first in (0, 1):
         ledger.start(first)
         for iteration in range(first, 2):
-            ledger.draw(iteration, SAMPLES)
-            ledger.dispatch(iteration)
-            ledger.complete(iteration, SAMPLES)
-            ledger.score(iteration, SAMPLES)
+            batch = ledger.draw(iteration, SAMPLES)
+            ledger.dispatch(batch)
+            ledger.complete(batch, SAMPLES)
+            ledger.score(batch, SAMPLES)
             with ledger.training(iteration, rows):
                 pass
     return tmp_path

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.driver.ledger import Ledger, Sample, digest
+from rlhf_ray.driver.ledger import Ledger, LedgerBatch, Sample, digest
 from rlhf_ray.errors import EngineError, StageError
 
 BATCH: list[Sample] = [("p0", 0), ("p0", 1), ("p1", 0), ("p1", 1)]
@@ -24,23 +24,24 @@ def ledger_at(path: Path, iteration: int = 0, max_staleness: int = 0) -> Ledger:
     return ledger
 
 
-def go(ledger: Ledger, iteration: int, *, to: str = "trained") -> None:
+def go(ledger: Ledger, iteration: int, *, to: str = "trained") -> LedgerBatch:
     """The usual way, up to a step."""
-    ledger.draw(iteration, BATCH)
+    batch = ledger.draw(iteration, BATCH)
     if to == "drawn":
-        return
-    ledger.dispatch(iteration)
+        return batch
+    ledger.dispatch(batch)
     if to == "dispatched":
-        return
-    ledger.complete(iteration, BATCH[1:])
-    ledger.complete(iteration, BATCH[:1])
+        return batch
+    ledger.complete(batch, BATCH[1:])
+    ledger.complete(batch, BATCH[:1])
     if to == "completed":
-        return
-    ledger.score(iteration, BATCH)
+        return batch
+    ledger.score(batch, BATCH)
     if to == "scored":
-        return
+        return batch
     with ledger.training(iteration, rows_of(BATCH)):
         pass
+    return batch
 
 
 def written(path: Path) -> list[dict[str, Any]]:
@@ -51,12 +52,12 @@ def written(path: Path) -> list[dict[str, Any]]:
 
 def test_a_batch_leaves_a_line_a_step_when_its_last_sample_has_taken_it(tmp_path):
     ledger = ledger_at(tmp_path)
-    ledger.draw(0, BATCH)
-    ledger.dispatch(0)
-    ledger.complete(0, [("p1", 1), ("p0", 0)])
+    batch = ledger.draw(0, BATCH)
+    ledger.dispatch(batch)
+    ledger.complete(batch, [("p1", 1), ("p0", 0)])
     assert [row["event"] for row in written(tmp_path)] == ["started", "drawn", "dispatched"]
-    ledger.complete(0, [("p0", 1), ("p1", 0)])
-    ledger.score(0, BATCH)
+    ledger.complete(batch, [("p0", 1), ("p1", 0)])
+    ledger.score(batch, BATCH)
     with ledger.training(0, rows_of(BATCH, without_score=(("p0", 1),))):
         assert written(tmp_path)[-1]["event"] == "scored"
     whole = {"iteration": 0, "count": 4, "digest": hashlib.sha256(b"p0/0\np0/1\np1/0\np1/1\n").hexdigest()[:16]}
@@ -69,14 +70,9 @@ def test_a_batch_leaves_a_line_a_step_when_its_last_sample_has_taken_it(tmp_path
 
 
 def completed_twice(ledger: Ledger) -> None:
-    go(ledger, 0, to="dispatched")
-    ledger.complete(0, [("p0", 0)])
-    ledger.complete(0, [("p1", 0), ("p0", 0)])
-
-
-def completed_after_all_were(ledger: Ledger) -> None:
-    go(ledger, 0, to="completed")
-    ledger.complete(0, [("p0", 0)])
+    batch = go(ledger, 0, to="dispatched")
+    ledger.complete(batch, [("p0", 0)])
+    ledger.complete(batch, [("p1", 0), ("p0", 0)])
 
 
 def train(ledger: Ledger, iteration: int, rows: list[dict[str, Any]]) -> None:
@@ -86,25 +82,28 @@ def train(ledger: Ledger, iteration: int, rows: list[dict[str, Any]]) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Ledger], object], str]] = {
     "not dispatched": (
-        lambda ledger: (ledger.draw(0, BATCH), ledger.complete(0, [("p0", 0)])),
+        lambda ledger: ledger.complete(go(ledger, 0, to="drawn"), [("p0", 0)]),
         "iteration 0: p0/0 was completed, and is not dispatched yet;",
     ),
     "not drawn": (
-        lambda ledger: (go(ledger, 0, to="dispatched"), ledger.complete(0, [("p7", 0)])),
+        lambda ledger: ledger.complete(go(ledger, 0, to="dispatched"), [("p7", 0)]),
         "iteration 0: p7/0 was completed, and is not one of its samples;",
     ),
     "completed twice": (completed_twice, "iteration 0: p0/0 was completed, and was completed before;"),
-    "completed late": (completed_after_all_were, "iteration 0: p0/0 was completed, and was completed before;"),
+    "completed late": (
+        lambda ledger: ledger.complete(go(ledger, 0, to="completed"), [("p0", 0)]),
+        "iteration 0: p0/0 was completed, and was completed before;",
+    ),
     "dispatched twice": (
-        lambda ledger: (go(ledger, 0, to="dispatched"), ledger.dispatch(0)),
+        lambda ledger: ledger.dispatch(go(ledger, 0, to="dispatched")),
         "was dispatched, and was dispatched before;",
     ),
     "scored early": (
-        lambda ledger: (go(ledger, 0, to="dispatched"), ledger.score(0, BATCH)),
+        lambda ledger: ledger.score(go(ledger, 0, to="dispatched"), BATCH),
         "was scored, and is not completed yet;",
     ),
     "scored twice": (
-        lambda ledger: (go(ledger, 0, to="scored"), ledger.score(0, BATCH)),
+        lambda ledger: ledger.score(go(ledger, 0, to="scored"), BATCH),
         "was scored, and was scored before;",
     ),
     "trained early": (
@@ -161,13 +160,13 @@ def test_iterations_ahead_are_trained_in_their_turn(tmp_path):
 
 def test_a_run_that_goes_on_abandons_what_was_begun_after_its_checkpoint(tmp_path):
     ledger = ledger_at(tmp_path, max_staleness=2)
-    for iteration, step in enumerate(("trained", "trained", "scored", "dispatched")):
-        go(ledger, iteration, to=step)
+    steps = ("trained", "trained", "scored", "dispatched")
+    batches = [go(ledger, iteration, to=step) for iteration, step in enumerate(steps)]
     before = (tmp_path / "ledger.jsonl").read_bytes()
     # As a crash leaves it: the last line is cut.
     (tmp_path / "ledger.jsonl").write_bytes(before + b'{"event": "compl')
 
-    ledger = ledger_at(tmp_path, iteration=1, max_staleness=2)
+    ledger.start(1)
     assert (tmp_path / "ledger.jsonl").read_bytes().startswith(before + b'{"event": "started"')
     assert written(tmp_path)[-4:] == [
         {"event": "started", "iteration": 1},
@@ -175,9 +174,17 @@ def test_a_run_that_goes_on_abandons_what_was_begun_after_its_checkpoint(tmp_pat
         {"event": "abandoned", "iteration": 2, "was": "scored"},
         {"event": "abandoned", "iteration": 3, "was": "dispatched"},
     ]
-    with pytest.raises(EngineError, match="iteration 2: it is not under way"):
-        ledger.score(2, BATCH)
-    for iteration in (1, 2, 3):
+    go(ledger, 1)
+    # A thread that still samples what was abandoned does not report it as what is drawn again.
+    again = [ledger.draw(iteration, BATCH) for iteration in (2, 3)]
+    ledger.dispatch(again[1])
+    with pytest.raises(EngineError, match="iteration 3: it is not under way"):
+        ledger.complete(batches[3], BATCH)
+    ledger.close()
+    with pytest.raises(EngineError, match="iteration 3: it is not under way"):
+        ledger.complete(again[1], BATCH)
+    ledger = ledger_at(tmp_path, iteration=2)
+    for iteration in (2, 3):
         go(ledger, iteration)
     assert [row["iteration"] for row in written(tmp_path) if row["event"] == "trained"] == [0, 1, 1, 2, 3]
     # Nothing is abandoned that was, and nothing that the checkpoint holds.

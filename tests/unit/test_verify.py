@@ -141,10 +141,10 @@ def write_ledger(run: Path, steps: list[list[dict[str, Any]]]) -> list[str]:
         if step == 3:
             ledger.start(2)
         samples = [(row["uid"], row["sample"]) for row in rows]
-        ledger.draw(iteration, samples)
-        ledger.dispatch(iteration)
-        ledger.complete(iteration, samples)
-        ledger.score(iteration, samples)
+        batch = ledger.draw(iteration, samples)
+        ledger.dispatch(batch)
+        ledger.complete(batch, samples)
+        ledger.score(batch, samples)
         if step != 2:
             with ledger.training(iteration, rows):
                 pass
