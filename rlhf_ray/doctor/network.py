@@ -16,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from rlhf_ray.doctor.verdicts import Exchange
 from rlhf_ray.runtime.interface import choose_interface
+from rlhf_ray.runtime.ports import meeting_store
 
 Facts = dict[str, Any]
 
@@ -42,9 +43,7 @@ class Peer:
 
     def listen(self, host: str, timeout_s: float) -> Facts:
         """Rank 0: open the rendezvous on a port of the operating system's choice, as the trainers' rank 0 does."""
-        from torch.distributed import TCPStore
-
-        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+        self._store = meeting_store(host, timedelta(seconds=timeout_s))
         return {"port": self._store.port}
 
     def meet(self, host: str, port: int, rank: int, world_size: int, backend: str, timeout_s: float) -> Facts:

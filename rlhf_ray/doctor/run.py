@@ -28,7 +28,7 @@ from rlhf_ray.doctor.verdicts import (
     judge_placement,
 )
 from rlhf_ray.placement.groups import inventory
-from rlhf_ray.runtime import interface
+from rlhf_ray.runtime import interface, ports
 from rlhf_ray.runtime.cluster import actor_environment, connection
 
 START_TIMEOUT_S = 60.0
@@ -65,7 +65,7 @@ def examine(address: str | None, needs: Needs | None, say: Callable[[str], None]
         stack.enter_context(connection(address or (needs.ray_address if needs else None), asked))
         known = dict(_named([node for node in ray.nodes() if node["Alive"]]))
         say(f"examining {len(known)} node{'s' * (len(known) != 1)}")
-        for module in (probe, network, interface):
+        for module in (probe, network, interface, ports):
             cloudpickle.register_pickle_by_value(module)
             stack.callback(cloudpickle.unregister_pickle_by_value, module)
         driver, reports = _probe(known, needs)

@@ -29,6 +29,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 
 from rlhf_ray.rollout.buckets import BUCKET_BYTES, TensorSpec, fill_buckets, largest_of, plan_buckets, size_of
 from rlhf_ray.rollout.shared_buckets import SLOTS, Buffers, SharingSender, SharingWorker
+from rlhf_ray.runtime.ports import meeting_store
 
 BACKEND = "gloo"
 
@@ -198,13 +199,7 @@ class GlooTrainerTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]
         if not engine.is_sender:
             return engine
         shared = SharingSender(largest_of(plan_buckets(engine._specs(), init_info.bucket_bytes)), init_info.timeout_s)
-        store = TCPStore(
-            init_info.master_address,
-            0,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=init_info.timeout_s),
-        )
+        store = meeting_store(init_info.master_address, timedelta(seconds=init_info.timeout_s))
         worker_info = GlooInitInfo(
             master_address=init_info.master_address,
             master_port=store.port,

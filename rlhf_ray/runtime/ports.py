@@ -1,13 +1,18 @@
-"""Ports that stay ours between the moment they are chosen and the moment somebody listens on them, and one that a user
-may have chosen.
+"""Ports that stay ours between the moment they are chosen and the moment somebody listens on them, the store where
+processes meet, and a port that a user may have chosen.
 """
 
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from rlhf_ray.errors import ResourceError
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 # The environment variable by which Ray is told where the head of a new cluster listens.
 HEAD_PORT = "RAY_GCS_SERVER_PORT"
@@ -25,6 +30,22 @@ def held_port(host: str) -> Iterator[int]:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind((host, 0))
         yield holder.getsockname()[1]
+
+
+def meeting_store(host: str, timeout: timedelta) -> "TCPStore":
+    """A store where processes meet, on a port of the operating system's choice.
+
+    It listens on `host` alone; one that torch opens for itself listens on every address of the machine, and whoever
+    reaches it may read and write.
+    """
+    from torch.distributed import TCPStore
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family)
+    port = listener.getsockname()[1]
+    return TCPStore(
+        host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
+    )
 
 
 def check_port_of_head() -> None:

@@ -1,5 +1,6 @@
 """Where a stage's model and tokenizer come from: a folder, the hub, or nothing."""
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from rlhf_ray.models.loading import check_tokenizer_fits, context_length, load_c
 from rlhf_ray.models.saving import is_complete
 from rlhf_ray.models.scratch import build_from_scratch
 from rlhf_ray.names import on_disk
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_model(section: ModelSection, run_dir: Path, seed: int, texts: Callable[[], Iterable[str]]) -> str:
@@ -38,6 +41,10 @@ def prepare_tokenizer(path: str, section: LoadingSection, run_dir: Path) -> tupl
     Raises:
         ModelError: no tokenizer, no end-of-sequence token, or a token the model has no embedding for.
     """
+    if section.trust_remote_code:
+        logger.warning(
+            "trust_remote_code is on: Python code that comes with %s and the run's other models may run", path
+        )
     tokenizer = load_tokenizer(path, trust_remote_code=section.trust_remote_code)
     ensure_chat_template(tokenizer, section.chat_template)
     check_tokenizer_fits(load_config(path, trust_remote_code=section.trust_remote_code), tokenizer)

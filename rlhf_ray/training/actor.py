@@ -15,6 +15,7 @@ from rlhf_ray.errors import CheckpointError
 from rlhf_ray.packing import PackedBatch
 from rlhf_ray.runtime.cores import bind_to_cores
 from rlhf_ray.runtime.interface import choose_interface
+from rlhf_ray.runtime.ports import meeting_store
 from rlhf_ray.tracking.activity import activity
 from rlhf_ray.tracking.logs import setup_actor_logging
 from rlhf_ray.training.trainer import Objective, Reader, Trainer, TrainerSpec
@@ -41,7 +42,7 @@ class TrainerActor:
     def listen(self) -> tuple[str, int]:
         """Rank 0: open the rendezvous on a port of the operating system's choice; returns its address."""
         host = ray.util.get_node_ip_address()
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
+        self._store = meeting_store(host, self._timeout)
         return host, self._store.port
 
     def setup(self, host: str, port: int) -> None:

@@ -2,13 +2,16 @@
 
 import errno
 import socket
+from datetime import timedelta
 
+import psutil
 import pytest
+from torch.distributed import TCPStore
 from vllm.distributed.utils import StatelessProcessGroup
 
 from rlhf_ray.errors import ResourceError
 from rlhf_ray.runtime.cluster import connection
-from rlhf_ray.runtime.ports import HEAD_PORT, check_port_of_head, held_port
+from rlhf_ray.runtime.ports import HEAD_PORT, check_port_of_head, held_port, meeting_store
 
 
 def test_vllm_listens_on_the_port_while_it_is_held():
@@ -24,6 +27,16 @@ def test_nobody_else_gets_the_port():
         with pytest.raises(OSError) as error:
             plain.bind(("127.0.0.1", port))
         assert error.value.errno == errno.EADDRINUSE
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])
+def test_a_meeting_store_listens_on_its_host_alone(host):
+    store = meeting_store(host, timedelta(seconds=10))
+    listening = [one.laddr for one in psutil.Process().net_connections("inet") if one.status == psutil.CONN_LISTEN]
+    assert [address.ip for address in listening if address.port == store.port] == [host]
+    client = TCPStore(host, store.port, is_master=False, timeout=timedelta(seconds=10))
+    client.set("key", "value")
+    assert store.get("key") == b"value"
 
 
 def test_no_two_blocks_hold_the_same_port():
