@@ -3,9 +3,12 @@
 import json
 import math
 import os
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,10 +55,11 @@ def weights_of(folder: str | Path, model_class: Any = AutoModelForCausalLM) -> d
 # ---- one whole run
 
 
-def main_config(inputs: Inputs, name: str) -> PPOConfig:
+def main_config(inputs: Inputs, name: str, **sections: dict[str, Any]) -> PPOConfig:
     """A reward model and a function, running normalisation, a checkpoint an iteration."""
     return inputs.config(
         name,
+        **sections,
         run={"dir": str(inputs.folder / name), "checkpoint_every": 1, "keep_checkpoints": 2},
         reward={
             "functions": [{"path": "reward_functions:num_tokens", "weight": 0.1}],
@@ -209,18 +213,25 @@ def test_a_finished_run_is_left_as_it_is(whole_run: PPOConfig):
 
 @pytest.fixture(scope="module")
 def interrupted_run(whole_run: PPOConfig, inputs: Inputs) -> dict[str, Any]:
-    """The same run, asked to stop, then killed, then continued to its end; what happened on the way."""
-    config = main_config(inputs, "interrupted")
+    """The same run, asked to stop, then killed, then continued to its end; what happened on the way.
+
+    Its first process has secrets in its environment, and a folder of its own for Ray's logs.
+    """
+    config = main_config(inputs, "interrupted", tracking={"wandb": "offline"})
     file = inputs.folder / "interrupted.yaml"
     file.write_text(dump_config(config))
     checkpoints = Path(config.run.dir) / "checkpoints"
 
-    process = start(file)
+    of_ray = Path(tempfile.mkdtemp(prefix="ray"))  # a short name: sockets are in it
+    process = start(file, **SECRETS, RAY_TMPDIR=str(of_ray))
     await_checkpoint(process, checkpoints, 1)
     family = [process.pid, *descendants(process.pid)]
+    commands = [" ".join(psutil.Process(pid).cmdline()) for pid in family]
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
-    story: dict[str, Any] = {"config": config, "exit_code": process.returncode, "output": output}
+    story: dict[str, Any] = {"config": config, "exit_code": process.returncode, "output": output, "commands": commands}
+    story["files"] = {path: path.read_bytes() for path in files_below(Path(config.run.dir), of_ray)}
+    shutil.rmtree(of_ray)
     story["steps_when_stopped"] = len(rows_of(config))
     story["checkpoint_when_stopped"] = max(path.name for path in checkpoints.glob("step_*"))
     story["left_after_stop"] = survivors(family)
@@ -237,13 +248,21 @@ def interrupted_run(whole_run: PPOConfig, inputs: Inputs) -> dict[str, Any]:
     return story
 
 
-def start(config: Path) -> subprocess.Popen:
+SECRET = secrets.token_hex(20)
+SECRETS = {"WANDB_API_KEY": SECRET, "HF_TOKEN": f"hf_{SECRET}", "RAY_AUTH_TOKEN": SECRET, "A_PASSWORD": SECRET}
+
+
+def files_below(*folders: Path) -> list[Path]:
+    return [path for folder in folders for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+
+
+def start(config: Path, **variables: str) -> subprocess.Popen:
     """The run in a process of its own, with a Ray of its own."""
     path = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return subprocess.Popen(
         [sys.executable, "-m", "rlhf_ray", "ppo", str(config)],
-        env=environment | {"PYTHONPATH": path},
+        env=environment | {"PYTHONPATH": path} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -291,6 +310,20 @@ def test_sigterm_writes_a_checkpoint_and_exits_with_its_own_code(interrupted_run
     steps = interrupted_run["steps_when_stopped"]
     assert 1 <= steps < ITERATIONS
     assert interrupted_run["checkpoint_when_stopped"] == f"step_{steps:06d}"
+
+
+def test_secrets_of_the_environment_are_in_no_file_argument_or_message(interrupted_run: dict[str, Any]):
+    run = Path(interrupted_run["config"].run.dir)
+    files: dict[Path, bytes] = interrupted_run["files"]
+    names = [str(path.relative_to(run)) for path in files if path.is_relative_to(run)]
+    # What is searched: logs, traces, checkpoints and W&B's folder, and all that Ray keeps of its session.
+    for folder in ("logs/", "trace/", "checkpoints/", "wandb/", "metrics.jsonl", "ledger.jsonl"):
+        assert any(name.startswith(folder) for name in names), folder
+    assert any(path.name == "raylet.out" for path in files)
+    assert [str(path) for path, content in files.items() if SECRET.encode() in content] == []
+    assert any("raylet" in command for command in interrupted_run["commands"])
+    assert [command for command in interrupted_run["commands"] if SECRET in command] == []
+    assert SECRET not in interrupted_run["output"]
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
