@@ -63,9 +63,12 @@ class RewardFunctionItem(Section):
     path: str = Field(description="The Python function, as `package.module:function`.")
     weight: float = Field(default=1.0, description="Factor of this function's score in the sum.")
     timeout_s: float = Field(default=30.0, gt=0, description="Longest wait in seconds for one call.")
-    on_error: Literal["error", "exclude"] = Field(
-        default="error",
-        description="Whether a failed call stops the run or excludes its samples from training.",
+    min_scored: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Smallest share of an iteration's responses that it must score: fewer stop the run, and those that "
+        "it failed on are left out of training; 1 stops at the first failure.",
     )
 
     @model_validator(mode="after")

@@ -182,6 +182,7 @@ def _samples(
                 "prompt": content if isinstance(content, str) else "\n".join(m["content"] for m in content),
                 "completion": one.text,
                 "score": score,
+                "excluded": one.problem,
                 **{f"rewards/{name}": value for name, value in one.rewards.items()},
                 "kl": kl_of.get(index),
                 "length": len(one.trajectory.response_ids),

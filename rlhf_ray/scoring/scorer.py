@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlhf_ray.config.ppo import PPOConfig, RewardFunctionItem
 from rlhf_ray.data.formats import Prompt
-from rlhf_ray.errors import ActorDied, EngineError, RewardError
+from rlhf_ray.errors import ActorDied, BudgetExhausted, EngineError, RewardError, shortened
 from rlhf_ray.models.reading import StateValues
 from rlhf_ray.names import on_disk
 from rlhf_ray.packing import Sequence
@@ -34,6 +34,9 @@ from rlhf_ray.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
+# How many rows of a failed call a message names.
+MOST_ROWS = 5
+
 
 @dataclass
 class ScoredTrajectory:
@@ -45,6 +48,7 @@ class ScoredTrajectory:
         values: the critic's value of the state before each response token and after the last, [R + 1]; None until they
             are computed.
         rewards: raw score by reward name; None where a function had none to give.
+        problem: what a function that had none to give said, or did; None where all gave a score.
     """
 
     trajectory: Trajectory
@@ -53,6 +57,7 @@ class ScoredTrajectory:
     ref_logprobs: Tensor
     values: Tensor | None
     rewards: dict[str, float | None]
+    problem: str | None = None
 
 
 @dataclass
@@ -180,8 +185,9 @@ class Scorer:
             All of them, in the order of `prompts` and of the sample index, whatever order they arrived in.
 
         Raises:
-            RewardError: a reward model or function failed and the configuration does not exclude such samples.
-            BudgetExhausted: a scorer dies, or does not answer in time, again and again.
+            RewardError: a reward model failed.
+            BudgetExhausted: a function scored a smaller share of them than it must, or a scorer dies, or does not
+                answer in time, again and again.
         """
         chunks: list[_Chunk] = []
         waiting: list[Trajectory] = []
@@ -198,6 +204,8 @@ class Scorer:
         scored = [one for chunk in chunks for one in self._collect(chunk, prompts)]
         position = {uid: index for index, uid in enumerate(prompts)}
         scored.sort(key=lambda one: (position[one.trajectory.uid], one.trajectory.sample))
+        for name, item in self._function_items.items():
+            check_share(item, [one.rewards[name] for one in scored])
         return scored
 
     def _dispatch(self, trajectories: list[Trajectory], prompts: Mapping[str, Prompt], with_values: bool) -> _Chunk:
@@ -231,8 +239,10 @@ class Scorer:
         reference = chunk.reference.result()
         values = chunk.values.result() if chunk.values else None
         rewards: dict[str, list[float | None]] = {name: answer.result() for name, answer in chunk.models.items()}
+        problems: list[str | None] = [None] * len(chunk.trajectories)
         for name in chunk.functions:
-            rewards[name] = self._function_scores(name, chunk)
+            rewards[name], problem = self._function_scores(name, chunk, prompts)
+            problems = [problem if _lacks(score) else old for old, score in zip(problems, rewards[name], strict=True)]
         return [
             ScoredTrajectory(
                 trajectory,
@@ -241,13 +251,18 @@ class Scorer:
                 reference[i],
                 values[i] if values else None,
                 {name: scores[i] for name, scores in rewards.items()},
+                problems[i],
             )
             for i, (trajectory, text) in enumerate(zip(chunk.trajectories, chunk.texts, strict=True))
         ]
 
-    def _function_scores(self, name: str, chunk: _Chunk) -> list[float | None]:
+    def _function_scores(
+        self, name: str, chunk: _Chunk, prompts: Mapping[str, Prompt]
+    ) -> tuple[list[float | None], str | None]:
+        """A function's scores of a chunk, and why some are missing, which is logged with their rows."""
         item = self._function_items[name]
         actor, ref = chunk.functions[name]
+        scores: list[float | None] = [None] * len(chunk.trajectories)
         try:
             # One that replaced another may still be starting, which is no fault of the function.
             get(self._function_loads[name], f"reward function {item.path}: start-up", START_TIMEOUT_S)
@@ -261,21 +276,23 @@ class Scorer:
         except EngineError:
             problem = f"reward function {item.path} gave no answer within {item.timeout_s:g} s (`timeout_s`)"
             self._replace_function(name, actor)
+        left_out = [one for one, score in zip(chunk.trajectories, scores, strict=True) if _lacks(score)]
+        if not left_out:
+            return scores, None
         if problem is None:
-            missing = sum(score is None or not math.isfinite(score) for score in scores)
-            if not missing:
-                return scores
             problem = (
-                f"reward function {item.path} gave no finite score (None, NaN or infinite) for {missing} of "
+                f"reward function {item.path} gave no finite score (None, NaN or infinite) for {len(left_out)} of "
                 f"{len(scores)} replies"
             )
-            if item.on_error == "exclude":
-                logger.warning("%s; they are left out of training", problem)
-                return scores
-        if item.on_error == "exclude":
-            logger.warning("%s; %d replies are left out of training", problem, len(chunk.trajectories))
-            return [None] * len(chunk.trajectories)
-        raise RewardError(f"{problem}. Mend the function, or set its `on_error: exclude` to leave such samples out")
+        rows = "; ".join(_row(one, prompts[one.uid]) for one in left_out[:MOST_ROWS])
+        more = f"; and {len(left_out) - MOST_ROWS} more" if len(left_out) > MOST_ROWS else ""
+        if item.min_scored == 1:
+            raise BudgetExhausted(
+                f"{problem}. Mend the function, or set its `min_scored` below 1 to leave such samples out. They are: "
+                f"{rows}{more}"
+            )
+        logger.warning("%s; left out of training: %s%s", problem, rows, more)
+        return scores, problem
 
     def _replace_function(self, name: str, actor: Any) -> None:
         """A new process for a function. Calls queued behind the one that failed die with it and are treated alike."""
@@ -292,6 +309,30 @@ class Scorer:
             replicas.stop()
         for name, actor in self._functions.items():
             self._supervisor.kill(f"reward-{name}", actor)
+
+
+def check_share(item: RewardFunctionItem, scores: list[float | None]) -> None:
+    """Refuse to train on the rest where a function has failed on too many responses of an iteration.
+
+    Raises:
+        BudgetExhausted: it scored a smaller share of them than it must.
+    """
+    given = sum(not _lacks(score) for score in scores)
+    if given < item.min_scored * len(scores):
+        raise BudgetExhausted(
+            f"reward function {item.path} scored {given} of the iteration's {len(scores)} responses, and its "
+            f"`min_scored` is {item.min_scored:g}: mend the function (the log names the rows), or lower the share"
+        )
+
+
+def _lacks(score: float | None) -> bool:
+    return score is None or not math.isfinite(score)
+
+
+def _row(trajectory: Trajectory, prompt: Prompt) -> str:
+    """The row of a response for a message: where it is from, the sample, and how its prompt starts."""
+    content = prompt.content if isinstance(prompt.content, str) else prompt.content[-1]["content"]
+    return f"{prompt.source} (sample {trajectory.uid}/{trajectory.sample}, {shortened(content, 60)!r})"
 
 
 def response_sequence(trajectory: Trajectory) -> Sequence:

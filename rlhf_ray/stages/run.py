@@ -273,6 +273,8 @@ def identity(config: StageConfig, stage: str) -> dict[str, Any]:
     """
     values = config.model_dump(mode="json", exclude={"tracking", "group", "placement"})
     values["run"] = {"seed": config.run.seed}
+    for function in values.get("reward", {}).get("functions", []):
+        del function["timeout_s"], function["min_scored"]  # whether the run goes on, not how
     for section in values.values():
         if isinstance(section, dict):
             for key in WHERE_AND_HOW:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ray.algorithms.kl import AdaptiveKL
-from rlhf_ray.config import PPOConfig
+from rlhf_ray.config import PPOConfig, from_dict
 from rlhf_ray.data import prompt_items, read_rows
 from rlhf_ray.driver import ppo
 from rlhf_ray.driver.groups import Groups, running_groups
@@ -24,9 +24,11 @@ from rlhf_ray.driver.ledger import ledger_rows
 from rlhf_ray.driver.ppo import PPOLoop
 from rlhf_ray.driver.turns import Turns
 from rlhf_ray.driver.verify import verify
-from rlhf_ray.errors import EngineError, RunStopped
+from rlhf_ray.errors import BudgetExhausted, EngineError, RunStopped
 from rlhf_ray.models.reading import StateValues
 from rlhf_ray.packing import Sequence
+from rlhf_ray.scoring import scorer
+from rlhf_ray.scoring.scorer import check_share
 from rlhf_ray.stages.ppo import read_ptx
 from rlhf_ray.stages.run import open_run
 from rlhf_ray.tracking.rundir import RunDirectory
@@ -253,3 +255,27 @@ def test_updates_that_are_not_finite_end_the_run_with_their_batch(shared: Shared
     sequences, _ = load_batch(Path(config.run.dir) / "bad_batches" / "policy_000002")
     assert len(sequences) == 16
     assert sum(int(one.token_fields["advantages"].isnan().sum()) for one in sequences) == 1
+
+
+def test_a_run_that_loses_too_many_samples_ends_with_a_checkpoint_of_its_last_whole_iteration(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
+):
+    config = shared.config("exhausted", ppo={"iterations": 4})
+    calls: list[int] = []
+
+    def exhausted(item: Any, scores: list[float | None]) -> None:
+        calls.append(len(scores))
+        if len(calls) == 3:
+            check_share(item, [None] * len(scores))
+
+    monkeypatch.setattr(scorer, "check_share", exhausted)
+    with pytest.raises(BudgetExhausted, match="scored 0 of the iteration's 16 responses") as ended:
+        shared.train(config)
+    assert ended.value.exit_code == 3
+    assert [row["step"] for row in rows_of(config)] == [0, 1]
+    assert [path.name for path in (Path(config.run.dir) / "checkpoints").iterdir()] == ["step_000002"]
+    # Mended, or with another share, it goes on.
+    values = config.model_dump(mode="json")
+    values["reward"]["functions"][0]["min_scored"] = 0.5
+    assert [row["step"] for row in shared.train(from_dict(values, "ppo"))] == list(range(4))
+    assert [one.problem for one in verify(Path(config.run.dir)) if one.problem] == []

@@ -16,7 +16,7 @@ from rlhf_ray.algorithms.rewards import RunningNormalizer
 from rlhf_ray.config import PPOConfig, from_dict
 from rlhf_ray.data.formats import Content, Prompt
 from rlhf_ray.driver.experience import build_experience
-from rlhf_ray.errors import ConfigError, RewardError
+from rlhf_ray.errors import BudgetExhausted, ConfigError
 from rlhf_ray.placement.groups import reserve
 from rlhf_ray.placement.plan import make_plan
 from rlhf_ray.runtime.patience import Patience
@@ -69,7 +69,7 @@ def setup(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
                     {"path": "reward_functions:contract", "weight": 2.0},
                     {"path": "reward_functions:async_num_tokens", "weight": -0.1},
                     {"path": "reward_functions:strict", "timeout_s": 3.0},
-                    {"path": "reward_functions:lenient", "timeout_s": 3.0, "on_error": "exclude"},
+                    {"path": "reward_functions:lenient", "timeout_s": 3.0, "min_scored": 1e-9},
                 ],
             },
             "rollout": {"cpus": 0.1, "kv_cache_gib": 0.1, "max_new_tokens": 32, "temperature": TEMPERATURE},
@@ -265,11 +265,12 @@ def faulty(kind: str, fault: str, count: int = 2) -> tuple[dict[str, Prompt], li
 )
 def test_a_function_that_fails_is_one_error_that_names_it_and_what_to_do(setup: Setup, fault: str, message: str):
     prompts, trajectories = faulty("strict", fault)
-    with pytest.raises(RewardError, match=message) as raised:
+    with pytest.raises(BudgetExhausted, match=message) as raised:
         setup.scorer.score([trajectories], prompts, with_values=True)
     text = str(raised.value)
     assert "reward_functions:strict" in text
-    assert "on_error: exclude" in text
+    assert "set its `min_scored` below 1" in text
+    assert "(sample " in text
     assert "Traceback" not in text
 
 
@@ -278,27 +279,30 @@ def test_a_function_that_fails_is_one_error_that_names_it_and_what_to_do(setup: 
     [("raise", 0), ("none", 1), ("nan", 1), ("inf", 1), ("short", 0), ("hang", 0), ("die", 0)],
 )
 def test_a_function_that_fails_excludes_its_samples_where_the_configuration_says_so(
-    setup: Setup, fault: str, kept: int
+    setup: Setup, caplog: pytest.LogCaptureFixture, fault: str, kept: int
 ):
     prompts, trajectories = faulty("lenient", fault)
     good_prompts, good = rollout(3, 1)
-    scored = setup.scorer.score([trajectories], prompts, with_values=True)
-    scored += setup.scorer.score(
-        [good], good_prompts, with_values=True
-    )  # it serves again afterwards, whatever happened
+    scored: list[ScoredTrajectory] = []
+    if kept:
+        scored = setup.scorer.score([trajectories], prompts, with_values=True)
+    else:
+        with pytest.raises(BudgetExhausted, match="lenient scored 0 of the iteration's 2 responses"):
+            setup.scorer.score([trajectories], prompts, with_values=True)
+    excluded = len(scored) - kept
+    # It serves again afterwards, whatever happened.
+    scored += setup.scorer.score([good], good_prompts, with_values=True)
     assert "reward-lenient" in named_actors()
     experience = build_experience(scored, None, setup.config, 0.0, RunningNormalizer())
-    assert len(experience.policy) == len(experience.critic) == kept + len(good)
-    assert experience.metrics["data/excluded"] == 2 - kept
+    assert len(experience.policy) == len(experience.critic) == len(scored) - excluded
+    assert experience.metrics["data/excluded"] == excluded
     scores = [row["score"] for row in experience.samples]
-    assert sum(score is None for score in scores) == 2 - kept
+    assert sum(score is None for score in scores) == excluded
+    # The table says why, and the log of which row.
+    said = "reward function reward_functions:lenient gave no finite score"
+    assert all((row["excluded"] or "").startswith(said) == (row["score"] is None) for row in experience.samples)
+    if excluded:
+        assert f"{prompts[trajectories[0].uid].source} (sample {trajectories[0].uid}/0, " in caplog.text
     assert all(math.isfinite(score) for score in scores if score is not None)
     # What is excluded weighs nothing in the means either.
     assert experience.metrics["rewards/lenient/mean"] == 1.0
-
-
-def test_a_run_without_a_single_score_is_an_error(setup: Setup):
-    prompts, trajectories = faulty("lenient", "raise")
-    scored = setup.scorer.score([trajectories], prompts, with_values=True)
-    with pytest.raises(RewardError, match=r"no reward scored any of the 2 responses"):
-        build_experience(scored, None, setup.config, 0.0, RunningNormalizer())

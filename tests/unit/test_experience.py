@@ -1,15 +1,18 @@
 """From scored trajectories to training data, by literal numbers."""
 
+import math
+
 import pytest
 import torch
 from config_values import PPO
 
 from rlhf_ray.algorithms.rewards import RunningNormalizer
 from rlhf_ray.config import PPOConfig, from_dict
+from rlhf_ray.config.ppo import RewardFunctionItem
 from rlhf_ray.data.formats import Prompt
 from rlhf_ray.driver.experience import Experience, build_experience, shape_scores
-from rlhf_ray.errors import RewardError
-from rlhf_ray.scoring.scorer import ScoredTrajectory
+from rlhf_ray.errors import BudgetExhausted, RewardError
+from rlhf_ray.scoring.scorer import ScoredTrajectory, check_share
 from rlhf_ray.trajectory import Trajectory, VersionSpan
 
 PLAIN = ("ppo.gamma=1.0", "ppo.lam=0.5", "ppo.whiten_advantages=false")
@@ -115,6 +118,7 @@ def test_samples_are_a_row_a_response():
             "prompt": "ask a",
             "completion": "reply a",
             "score": 1.0,
+            "excluded": None,
             "rewards/model": 1.0,
             "kl": pytest.approx(-0.5),
             "length": 3,
@@ -128,6 +132,7 @@ def test_samples_are_a_row_a_response():
             "prompt": "ask b",
             "completion": "reply b",
             "score": 1.5,
+            "excluded": None,
             "rewards/model": 2.0,
             "kl": pytest.approx(1.0),
             "length": 2,
@@ -218,6 +223,20 @@ def test_scores_are_summed_normalised_clipped_and_then_penalised():
     more = shape_scores(items[:1], config(*overrides), normalizer)
     assert (normalizer.count, normalizer.mean) == (4, 5.5)
     assert more == pytest.approx([-1.5 / 9**0.5])
+
+
+def test_a_function_may_leave_out_as_many_responses_as_its_share_says():
+    def item(share: float) -> RewardFunctionItem:
+        return RewardFunctionItem(path="module:function", min_scored=share)
+
+    check_share(item(0.5), [1.0, None, 0.0, math.nan])
+    check_share(item(1.0), [1.0, 0.0])
+    message = r"module:function scored 1 of the iteration's 3 responses, and its `min_scored` is 0.5"
+    with pytest.raises(BudgetExhausted, match=message) as error:
+        check_share(item(0.5), [1.0, None, math.inf])
+    assert error.value.exit_code == 3
+    with pytest.raises(BudgetExhausted):
+        check_share(item(1e-9), [None, None])
 
 
 def test_score_missing_from_one_of_two_rewards_excludes_the_response():
