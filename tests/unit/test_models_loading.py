@@ -16,6 +16,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+from rlhf_ray.config.sections import ModelSection
 from rlhf_ray.errors import ModelError
 from rlhf_ray.models.loading import (
     check_same_vocabulary,
@@ -26,6 +27,7 @@ from rlhf_ray.models.loading import (
     load_scalar,
     load_tokenizer,
 )
+from rlhf_ray.stages.models import prepare_tokenizer
 
 
 def edit_config(folder: str, **fields) -> None:
@@ -219,3 +221,11 @@ def test_flash_attention_that_cannot_run_here_is_refused_and_never_chosen(tmp_pa
         load_causal_lm(folder, "bf16", attention="flash_attention_2")
     for asked in ("auto", "packed_sdpa"):
         assert load_causal_lm(folder, "bf16", attention=asked).config._attn_implementation == "packed_sdpa"
+
+
+def test_remote_code_is_off_unless_asked_for_and_named_in_the_log_where_it_is_on(tmp_path, caplog):
+    folder = make_llama(tmp_path / "model")
+    prepare_tokenizer(folder, ModelSection(path=folder), tmp_path)
+    assert "trust_remote_code" not in caplog.text
+    prepare_tokenizer(folder, ModelSection(path=folder, trust_remote_code=True), tmp_path)
+    assert f"trust_remote_code is on: Python code that comes with {folder}" in caplog.text
