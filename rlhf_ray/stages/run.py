@@ -229,10 +229,6 @@ class Run:
         finally:
             self._saver.close()
 
-    def settle(self) -> None:
-        """Wait for the checkpoint under way: after that the newest one is the newest there will be."""
-        self._saver.wait()
-
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary: the stage is complete."""
         self._tracker.finish({"stage": self._stage, "model": str(self.model_folder), **summary})

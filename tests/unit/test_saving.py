@@ -314,7 +314,7 @@ def test_a_storage_that_cannot_be_reached_is_tried_again_at_the_next_checkpoint(
         elsewhere = tmp_path / "elsewhere"
 
         def after(step: int) -> None:
-            run.settle()
+            run._saver.wait()
             if step == 0:
                 elsewhere.rename(tmp_path / "unplugged")
                 elsewhere.write_text("in the way")
