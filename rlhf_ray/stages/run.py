@@ -56,6 +56,7 @@ class Run:
         self._stage = stage
         self._stack = stack
         self._stop = threading.Event()
+        self._ending: threading.Timer | None = None  # runs from SIGTERM on
         self._overdue = False
         forget(directory.path)
         self._store = CheckpointStore(directory.checkpoints, config.run.keep_checkpoints)
@@ -111,8 +112,7 @@ class Run:
             yield  # only the main thread may have handlers; embedded callers stop the run their own way
             return
         asked_at = math.inf
-        # The signal comes once more when the grace is about to end: handlers alone reach a main thread that waits.
-        ending = threading.Timer(SHARE_OF_GRACE * self._config.run.grace_s, self._end_now)
+        ending = self._ending = threading.Timer(SHARE_OF_GRACE * self._config.run.grace_s, self._end_now)
         ending.daemon = True
 
         def stop(number: int, _: object) -> None:
@@ -138,6 +138,7 @@ class Run:
                 signal.signal(number, handler)
 
     def _end_now(self) -> None:
+        # Handlers alone reach a main thread that waits.
         self._overdue = True
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -182,8 +183,10 @@ class Run:
             self._saver.begin(done, {**state, "wandb_run_id": self._tracker.run_id}, save, score)
         if not (stopping or last):
             return
-        failure = None if self._saver.wait() else "it is still being written or copied"
-        failure = failure or self._saver.failure
+        ended = self._saver.wait()
+        failure = self._saver.failure
+        if not ended and self._store.newest() != done:  # else its copy is not complete, and the next one completes it
+            failure = "it is still being written"
         if stopping:
             written = f"no checkpoint could be written of it ({failure})" if failure else "a checkpoint is written"
             raise RunStopped(
@@ -227,6 +230,9 @@ class Run:
                 ) from error
             raise
         finally:
+            if self._ending is not None:  # what follows takes seconds, and nothing is left to give up
+                self._ending.cancel()
+            self._overdue = False
             self._saver.close()
 
     def finish(self, summary: dict[str, Any]) -> None:
