@@ -21,7 +21,7 @@ from rlhf_ray.placement.groups import Placement
 from rlhf_ray.rollout.engine import EngineSpec, RolloutEngine, SampleRequest
 from rlhf_ray.runtime.lifecycle import Event
 from rlhf_ray.runtime.remote import START_TIMEOUT_S, Answer, get
-from rlhf_ray.runtime.supervisor import Supervisor
+from rlhf_ray.runtime.supervisor import Supervisor, free_name
 from rlhf_ray.tracking.status import forget
 from rlhf_ray.training.group import TrainerGroup
 from rlhf_ray.trajectory import Trajectory
@@ -71,6 +71,7 @@ class RolloutPool:
     def _launch(self, rank: int) -> Any:
         # One slot of concurrency serves a generate call, the rest the transfer and the probe beside it.
         options = self._placement.options("rollout", rank)
+        options["name"] = free_name(options["name"])
         others = [self._placement.options("rollout", rank, part) for part in range(1, self._spec.nodes)]
         engine = ray.remote(RolloutEngine).options(**options, max_concurrency=16).remote(self._spec, others)
 

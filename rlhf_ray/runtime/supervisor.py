@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -81,7 +82,6 @@ class Supervisor:
         self._run_dir = run_dir
         self._watched: dict[str, _Watched] = {}
         self._lock = threading.RLock()
-        self._killed: set[str] = set()
         self._lost: RlhfError | None = None  # the first death that nobody makes up for
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
@@ -91,12 +91,8 @@ class Supervisor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Watch no more, and wait until the names of all that were ended are free for another start."""
         self._closed.set()
         self._thread.join()
-        deadline = time.monotonic() + GONE_TIMEOUT_S
-        for name in list(self._killed):
-            _await_free(name, deadline)
 
     def watch(self, name: str, actor: Any, *, engine: bool = False, lost: Lost | None = None) -> None:
         """Watch a process that was just started, or the successor of one that died.
@@ -158,7 +154,6 @@ class Supervisor:
 
         Ray asks the process itself to end, which one that is stopped never does: it gets the signal, too.
         """
-        self._killed.add(name)
         with suppress(RayError):
             ray.kill(actor)
         told = self._told(name)
@@ -171,11 +166,10 @@ class Supervisor:
             ray.remote(_signal).options(num_cpus=0, scheduling_strategy=there).remote(told["process"], name)
 
     def end(self, name: str, actor: Any) -> None:
-        """As `kill`, and wait until it is gone and its name free, which Ray's head learns a little later."""
+        """As `kill`, and wait until it is gone."""
         self.kill(name, actor)
         with suppress(EngineError):
             get(actor.__ray_ready__.remote(), f"{name}: its end", GONE_TIMEOUT_S)
-        _await_free(name, time.monotonic() + GONE_TIMEOUT_S)
 
     def _watch(self) -> None:
         while not self._closed.wait(LOOK_EVERY_S):
@@ -276,12 +270,15 @@ def supervisor_of(run: RunSection, logs: Path) -> Supervisor:
     return Supervisor(logs.parent, patience_of(run))
 
 
-def _await_free(name: str, deadline: float) -> None:
-    """Wait until no actor has the name, which Ray's head learns a little after its end."""
-    with suppress(ValueError, RayError):  # nobody has it, or Ray itself is gone
-        while time.monotonic() < deadline:
-            ray.get_actor(name)
-            time.sleep(0.05)
+def free_name(name: str) -> str:
+    """The name for an actor, with a number where another still has it: Ray gives names free some time after a death."""
+    for number in count():
+        candidate = f"{name}.{number}" if number else name
+        try:
+            ray.get_actor(candidate)
+        except ValueError:
+            return candidate
+    raise AssertionError
 
 
 def _signal(process: int, name: str) -> None:

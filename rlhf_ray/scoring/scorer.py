@@ -20,7 +20,7 @@ from rlhf_ray.names import on_disk
 from rlhf_ray.packing import Sequence
 from rlhf_ray.placement.groups import Placement
 from rlhf_ray.runtime.remote import START_TIMEOUT_S, get
-from rlhf_ray.runtime.supervisor import Supervisor
+from rlhf_ray.runtime.supervisor import Supervisor, free_name
 from rlhf_ray.scoring.actors import (
     Completion,
     ModelSpec,
@@ -153,16 +153,14 @@ class Scorer:
                 options["num_gpus"] /= shared
                 resources = options["num_cpus"], options["num_gpus"]
                 options["runtime_env"] = {"env_vars": self._placement.environment(options["name"], *resources, group)}
-            starts[options["name"]] = partial(ray.remote(actor).options(**options).remote, *args)
+            starts[options["name"]] = partial(_start, actor, options, *args)
         return Replicas(phase, starts, self._supervisor)
 
     def _function(self, name: str, item: RewardFunctionItem) -> Any:
         # Functions are cheap or wait for something else; they run beside the groups and take no share of them.
         actor = f"reward-{name}"
         environment = {"env_vars": self._placement.environment(actor, 1)}
-        return (
-            ray.remote(RewardFunctionActor).options(name=actor, num_cpus=0, runtime_env=environment).remote(item.path)
-        )
+        return _start(RewardFunctionActor, {"name": actor, "num_cpus": 0, "runtime_env": environment}, item.path)
 
     def start(self) -> None:
         """Wait until every scorer is up."""
@@ -333,6 +331,11 @@ def _row(trajectory: Trajectory, prompt: Prompt) -> str:
     """The row of a response for a message: where it is from, the sample, and how its prompt starts."""
     content = prompt.content if isinstance(prompt.content, str) else prompt.content[-1]["content"]
     return f"{prompt.source} (sample {trajectory.uid}/{trajectory.sample}, {shortened(content, 60)!r})"
+
+
+def _start(actor: type, options: dict[str, Any], *args: Any) -> Any:
+    """An actor with such options, under its name or one that is free."""
+    return ray.remote(actor).options(**options | {"name": free_name(options["name"])}).remote(*args)
 
 
 def response_sequence(trajectory: Trajectory) -> Sequence:

@@ -16,7 +16,7 @@ from rlhf_ray.placement.groups import Placement
 from rlhf_ray.runtime.lifecycle import Event, State
 from rlhf_ray.runtime.patience import Patience
 from rlhf_ray.runtime.remote import START_TIMEOUT_S, Answer, get
-from rlhf_ray.runtime.supervisor import Supervisor
+from rlhf_ray.runtime.supervisor import Supervisor, free_name
 from rlhf_ray.training.actor import TrainerActor
 from rlhf_ray.training.snapshot import all_written
 from rlhf_ray.training.trainer import Objective, Reader, TrainerSpec
@@ -40,9 +40,11 @@ class TrainerGroup:
         self._actors: list[Any] = []
         for rank in range(world_size):
             options = placement.options(group, rank)
+            options["name"] = free_name(options["name"])
             self._actors.append(actor.options(**options).remote(spec, rank, world_size, patience.ceiling_s))
-            supervisor.watch(options["name"], self._actors[-1])
         self._names = [f"{group}-{rank}" for rank in range(world_size)]
+        for name, one in zip(self._names, self._actors, strict=True):
+            supervisor.watch(name, one)
 
     @property
     def world_size(self) -> int:

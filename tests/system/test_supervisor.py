@@ -16,7 +16,7 @@ from rlhf_ray.runtime.cluster import actor_environment
 from rlhf_ray.runtime.lifecycle import Event, State
 from rlhf_ray.runtime.patience import Patience
 from rlhf_ray.runtime.remote import get
-from rlhf_ray.runtime.supervisor import Supervisor
+from rlhf_ray.runtime.supervisor import Supervisor, free_name
 from rlhf_ray.tracking.activity import Activity, activity
 from rlhf_ray.tracking.logs import ACTOR, LOGS
 
@@ -54,7 +54,7 @@ def supervisor(run_dir: Path) -> Iterator[Supervisor]:
 
 def start(run_dir: Path, name: str) -> tuple[Any, int]:
     environment = {**actor_environment(1), ACTOR: name, LOGS: str(run_dir / "logs")}
-    actor = ray.remote(Worker).options(num_cpus=0, name=name, runtime_env={"env_vars": environment}).remote()
+    actor = ray.remote(Worker).options(num_cpus=0, name=free_name(name), runtime_env={"env_vars": environment}).remote()
     return actor, get(actor.load.remote(), f"{name}: start", 60.0)
 
 
@@ -85,7 +85,6 @@ def test_the_death_of_a_process_that_nobody_asks_anything_is_noticed_and_told_on
     assert "idle-0: the actor died" in str(told[0])
     supervisor.check()  # somebody makes up for it
 
-    supervisor.end("idle-0", actor)
     actor, _ = start(run_dir, "idle-0")
     supervisor.watch("idle-0", actor, lost=lost)
     assert supervisor.state("idle-0") is State.STARTING
