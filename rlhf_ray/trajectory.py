@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True)
 class VersionSpan:
@@ -13,16 +16,16 @@ class VersionSpan:
     end: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Trajectory:
-    """One sampled response.
+    """One sampled response. Its arrays are not to be written to: they may lie in memory that processes share.
 
     Attributes:
         uid: the prompt's identity, unique within the run.
         sample: index of this response among the prompt's samples.
-        prompt_ids: prompt tokens exactly as the engine saw them.
-        response_ids: sampled tokens, the end-of-sequence token included when it was sampled.
-        logprobs: the engine's log-probability of each response token at the sampling temperature.
+        prompt_ids: prompt tokens exactly as the engine saw them, [P].
+        response_ids: sampled tokens, the end-of-sequence token included when it was sampled, [R].
+        logprobs: the engine's log-probability of each response token at the sampling temperature, [R].
         finish_reason: "stop" (end-of-sequence sampled) or "length" (cut at the token limit).
         versions: which policy version sampled which tokens, in order, covering all of them.
         row: the prompt's source row, for reward functions (columns such as `answer`).
@@ -30,9 +33,9 @@ class Trajectory:
 
     uid: str
     sample: int
-    prompt_ids: list[int]
-    response_ids: list[int]
-    logprobs: list[float]
+    prompt_ids: NDArray[np.int32]
+    response_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
     finish_reason: str
     versions: list[VersionSpan]
     row: dict[str, Any] = field(default_factory=dict)
@@ -41,6 +44,11 @@ class Trajectory:
     def truncated(self) -> bool:
         """Whether the response was cut at the token limit rather than ended by the model."""
         return self.finish_reason == "length"
+
+    @property
+    def token_ids(self) -> NDArray[np.int64]:
+        """Prompt and response, [P + R]."""
+        return np.concatenate([self.prompt_ids, self.response_ids], dtype=np.int64)
 
     @property
     def num_tokens(self) -> int:

@@ -7,7 +7,6 @@ simulated engine waits as long as a response would take. Many of them live in on
 
 import asyncio
 import os
-import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import ray
 
 from rlhf_ray.bench.workload import Fixed, LogNormal, make_workload
@@ -52,11 +52,12 @@ class SimulatedEngines(RolloutEngine):
         """A made-up response, after the time that its tokens would take."""
         length = request.max_new_tokens
         await asyncio.sleep(length / self._tokens_per_s)
-        numbers = random.Random(request.seed)
-        ids = [numbers.randrange(VOCABULARY) for _ in range(length)]
-        logprobs = [-numbers.random() for _ in range(length)]
+        numbers = np.random.default_rng(request.seed)
+        ids = numbers.integers(VOCABULARY, size=length, dtype=np.int32)
+        logprobs = -numbers.random(length, np.float32)
         span = VersionSpan(0, 0, length)
-        return Trajectory(request.uid, request.sample, request.prompt_ids, ids, logprobs, "length", [span])
+        prompt_ids = np.array(request.prompt_ids, np.int32)
+        return Trajectory(request.uid, request.sample, prompt_ids, ids, logprobs, "length", [span])
 
 
 class SimulatedPool(RolloutPool):

@@ -13,6 +13,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from rlhf_ray.errors import EngineError
 from rlhf_ray.rollout.further_nodes import FurtherNodes
 from rlhf_ray.rollout.in_process import InProcessEngine
@@ -183,16 +185,15 @@ class RolloutEngine:
         )
         output = await self._run(request.prompt_ids, params, f"{request.uid}-{request.sample}-{request.seed}")
         completion = output.outputs[0]
-        token_ids = list(completion.token_ids)
         flat = completion.logprobs
-        logprobs = [flat.logprobs[start] for start in flat.start_indices]
         spans = [VersionSpan(0 if self._random else int(s.version), s.start, s.end) for s in completion.weight_versions]
         return Trajectory(
             uid=request.uid,
             sample=request.sample,
-            prompt_ids=request.prompt_ids,
-            response_ids=token_ids,
-            logprobs=logprobs,
+            prompt_ids=np.array(request.prompt_ids, np.int32),
+            response_ids=np.array(completion.token_ids, np.int32),
+            # vLLM's numbers are those of float32.
+            logprobs=np.array(flat.logprobs, np.float32)[flat.start_indices],
             finish_reason=completion.finish_reason,
             versions=spans,
         )

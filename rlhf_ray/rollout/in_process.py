@@ -18,6 +18,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+_LATER = object()  # what a call returns that is answered in a later step
+
 
 class InProcessEngine:
     """The part of vLLM's `AsyncLLM` that a rollout engine uses. Responses come whole, when they are finished.
@@ -71,7 +73,7 @@ class InProcessEngine:
     def _step(self) -> None:
         for output in self._engine.step():
             finished = self._finished.pop(output.request_id, None)
-            if finished is not None and finished.set_running_or_notify_cancel():
+            if finished is not None:
                 finished.set_result(output)
 
     def _refuse(self) -> None:
@@ -83,7 +85,7 @@ class InProcessEngine:
 
         self.errored = True
         for finished in self._finished.values():
-            _answer(finished, fail)
+            finished.set_exception(EngineDeadError())
         while True:
             answer, _ = self._calls.get()
             _answer(answer, fail)
@@ -105,17 +107,18 @@ class InProcessEngine:
     async def generate(self, prompt: dict[str, Any], params: Any, *, request_id: str) -> AsyncIterator[Any]:
         """Sample one response; yields vLLM's `RequestOutput` when it is finished."""
         name = f"{request_id}#{next(self._numbers)}"  # two may ask by the same name, and each gets its answer
+        finished: Future[Any] = Future()
+        self._calls.put((finished, partial(self._add, name, prompt, params, finished)))
         try:
-            finished = await self._call(self._add, name, prompt, params)
             yield await asyncio.wrap_future(finished)
         except asyncio.CancelledError:
             self._calls.put((Future(), partial(self._abort, name)))
             raise
 
-    def _add(self, name: str, prompt: Any, params: Any) -> "Future[Any]":
+    def _add(self, name: str, prompt: Any, params: Any, finished: "Future[Any]") -> Any:
         self._engine.add_request(name, prompt, params)
-        self._finished[name] = Future()
-        return self._finished[name]
+        self._finished[name] = finished
+        return _LATER
 
     def _abort(self, name: str) -> None:
         if self._finished.pop(name, None) is not None:
@@ -165,6 +168,9 @@ def _answer(answer: "Future[Any]", work: Callable[[], Any]) -> None:
     """Do what was asked for, unless nobody waits for it any more, and say what came of it."""
     if answer.set_running_or_notify_cancel():
         try:
-            answer.set_result(work())
+            value = work()
         except Exception as error:
             answer.set_exception(error)
+        else:
+            if value is not _LATER:
+                answer.set_result(value)

@@ -210,10 +210,11 @@ class Scorer:
         # Within a chunk the order of arrival would decide how sequences are packed together.
         trajectories = sorted(trajectories, key=lambda t: (t.uid, t.sample))
         sequences = [response_sequence(trajectory) for trajectory in trajectories]
-        texts = self._tokenizer.batch_decode([t.response_ids for t in trajectories], skip_special_tokens=True)
+        responses = [t.response_ids.tolist() for t in trajectories]
+        texts = self._tokenizer.batch_decode(responses, skip_special_tokens=True)
         completions = [
-            Completion(t.prompt_ids + t.response_ids, prompts[t.uid].content, text)
-            for t, text in zip(trajectories, texts, strict=True)
+            Completion(sequence.input_ids.tolist(), prompts[t.uid].content, text)
+            for t, sequence, text in zip(trajectories, sequences, texts, strict=True)
         ]
         self._turn += 1
         shared_completions = ray.put(completions)
@@ -226,11 +227,10 @@ class Scorer:
         for name, replicas in self._models.items():
             chunk.models[name] = replicas.ask(self._turn, shared_completions)
         if self._functions:
-            ids = [t.response_ids for t in trajectories]
             rows = [prompts[t.uid].row for t in trajectories]
             columns = {name: [row.get(name) for row in rows] for name in {n for row in rows for n in row}}
             for name, actor in self._functions.items():
-                chunk.functions[name] = (actor, actor.score.remote(shared_completions, ids, columns))
+                chunk.functions[name] = (actor, actor.score.remote(shared_completions, responses, columns))
         return chunk
 
     def _collect(self, chunk: _Chunk, prompts: Mapping[str, Prompt]) -> list[ScoredTrajectory]:
@@ -340,7 +340,7 @@ def _start(actor: type, options: dict[str, Any], *args: Any) -> Any:
 
 def response_sequence(trajectory: Trajectory) -> Sequence:
     """Prompt and response as one sequence whose targets are the response tokens."""
-    ids = torch.tensor(trajectory.prompt_ids + trajectory.response_ids)
+    ids = torch.from_numpy(trajectory.token_ids)
     mask = torch.zeros(len(ids), dtype=torch.bool)
     mask[len(trajectory.prompt_ids) :] = True
     return Sequence(ids, mask)

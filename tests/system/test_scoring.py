@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -125,9 +126,19 @@ def rollout(
             response = torch.randint(5, 300, (3 + (7 * index + 5 * sample) % 17,), generator=generator).tolist()
             ended = sample == 0
             response = [*response, tokenizer.eos_token_id] if ended else response
-            logprobs = torch.randn(len(response), generator=generator).sub(5).tolist()
+            logprobs = torch.randn(len(response), generator=generator).sub(5).numpy()
             spans = [VersionSpan(0, 0, len(response))]
-            trajectories.append(Trajectory(uid, sample, ids, response, logprobs, "stop" if ended else "length", spans))
+            trajectories.append(
+                Trajectory(
+                    uid,
+                    sample,
+                    np.array(ids, np.int32),
+                    np.array(response, np.int32),
+                    logprobs,
+                    "stop" if ended else "length",
+                    spans,
+                )
+            )
     return prompts, trajectories
 
 
@@ -143,14 +154,14 @@ def scored(setup: Setup) -> list[ScoredTrajectory]:
 def test_scores_come_in_the_order_of_prompts_and_samples_whatever_the_order_of_arrival(scored: list[ScoredTrajectory]):
     _, trajectories = rollout()
     assert [(one.trajectory.uid, one.trajectory.sample) for one in scored] == [(t.uid, t.sample) for t in trajectories]
-    assert [one.trajectory.response_ids for one in scored] == [t.response_ids for t in trajectories]
+    assert [one.trajectory.response_ids.tolist() for one in scored] == [t.response_ids.tolist() for t in trajectories]
     assert all(one.prompt.uid == one.trajectory.uid for one in scored)
 
 
 def test_reference_logprobs_are_the_models_at_the_sampling_temperature(setup: Setup, scored: list[ScoredTrajectory]):
     model = AutoModelForCausalLM.from_pretrained(setup.policy)
     for one in scored:
-        ids = torch.tensor(one.trajectory.prompt_ids + one.trajectory.response_ids)
+        ids = torch.from_numpy(one.trajectory.token_ids)
         with torch.no_grad():
             logprobs = (model(ids[None]).logits[0] / TEMPERATURE).log_softmax(-1)
         start = len(one.trajectory.prompt_ids)
@@ -163,7 +174,7 @@ def test_values_are_the_critics_before_each_response_token_and_after_the_last(
 ):
     model = AutoModelForSequenceClassification.from_pretrained(setup.reward)
     for one in scored:
-        ids = torch.tensor(one.trajectory.prompt_ids + one.trajectory.response_ids)
+        ids = torch.from_numpy(one.trajectory.token_ids)
         with torch.no_grad():
             values = model.score(model.model(ids[None]).last_hidden_state)[0, :, 0]
         expected = values[len(one.trajectory.prompt_ids) - 1 :]
@@ -176,7 +187,7 @@ def test_a_reward_model_is_read_at_the_last_token_and_scaled_by_its_own_statisti
 ):
     model = AutoModelForSequenceClassification.from_pretrained(setup.reward)
     for one in scored:
-        ids = torch.tensor([one.trajectory.prompt_ids + one.trajectory.response_ids])
+        ids = torch.from_numpy(one.trajectory.token_ids)[None]
         with torch.no_grad():
             raw = float(model.score(model.model(ids).last_hidden_state)[0, -1, 0])
         assert one.rewards["model_0"] == pytest.approx((raw - 0.5) / 2.0, abs=TOLERANCE)
@@ -196,7 +207,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text_in_its_own_templat
         else:
             messages = [*one.prompt.content, {"role": "assistant", "content": text}]
             ids = own.apply_chat_template(messages, return_dict=False)
-        assert ids != one.trajectory.prompt_ids + one.trajectory.response_ids
+        assert ids != one.trajectory.token_ids.tolist()
         with torch.no_grad():
             expected = float(model.score(model.model(torch.tensor([ids])).last_hidden_state)[0, -1, 0])
         assert one.rewards["model_1"] == pytest.approx(expected, abs=TOLERANCE)

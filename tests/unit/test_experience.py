@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from config_values import PPO
@@ -33,7 +34,13 @@ def scored(
     **rewards: float | None,
 ) -> ScoredTrajectory:
     trajectory = Trajectory(
-        uid, 0, prompt_ids, response_ids, logprobs, finish_reason, [VersionSpan(7, 0, len(response_ids))]
+        uid,
+        0,
+        np.array(prompt_ids, np.int32),
+        np.array(response_ids, np.int32),
+        np.array(logprobs, np.float32),
+        finish_reason,
+        [VersionSpan(7, 0, len(response_ids))],
     )
     prompt = Prompt(uid, f"ask {uid}", {}, "rows.jsonl:1", prompt_ids)
     return ScoredTrajectory(

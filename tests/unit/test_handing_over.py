@@ -2,6 +2,7 @@
 
 import asyncio
 
+import numpy as np
 import pytest
 
 from rlhf_ray.rollout.engine import RolloutEngine, SampleRequest
@@ -17,7 +18,8 @@ class Engine(RolloutEngine):
 
     async def _sample(self, request: SampleRequest) -> Trajectory:
         await self.gates[request.sample].wait()
-        return Trajectory(request.uid, request.sample, [1], [2], [0.0], "stop", [VersionSpan(0, 0, 1)])
+        ids, logprobs = np.ones(1, np.int32), np.zeros(1, np.float32)
+        return Trajectory(request.uid, request.sample, ids, ids, logprobs, "stop", [VersionSpan(0, 0, 1)])
 
 
 async def handed_over(opened: list[list[int]]) -> list[list[int]]:

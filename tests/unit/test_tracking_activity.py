@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rlhf_ray.rollout.engine import RolloutEngine, SampleRequest
@@ -181,7 +182,8 @@ def test_an_engine_tells_how_many_responses_it_owes_and_how_fast_it_samples(
         async def _sample(self, request: SampleRequest) -> Trajectory:
             await gates[request.sample].wait()
             spans = [VersionSpan(0, 0, 3)]
-            return Trajectory(request.uid, request.sample, [1], [2, 3, 4], [0.0] * 3, "stop", spans)
+            ids = np.array([2, 3, 4], np.int32)
+            return Trajectory(request.uid, request.sample, ids[:1], ids, np.zeros(3, np.float32), "stop", spans)
 
     async def drive() -> list[tuple[float, float]]:
         stream = Engine().generate([SampleRequest("a", sample, [1], 0, 1.0, 8) for sample in range(5)])
