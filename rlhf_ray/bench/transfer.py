@@ -17,13 +17,13 @@ from rlhf_ray.placement.memory import BYTES
 from rlhf_ray.placement.plan import demands
 from rlhf_ray.placement.shapes import find_shape
 from rlhf_ray.rollout.options import check_options
-from rlhf_ray.rollout.pool import RolloutPool
+from rlhf_ray.rollout.pool import PROBE_TOKENS, RolloutPool
 from rlhf_ray.runtime.cluster import actor_environment
 from rlhf_ray.runtime.remote import get
 from rlhf_ray.runtime.supervisor import supervisor_of
 
 GROUPS = ("policy", "rollout")
-PROBE = list(range(10, 42))
+PROBE = list(range(10, 10 + PROBE_TOKENS))
 
 
 class Copier:

@@ -31,7 +31,7 @@ from rlhf_ray.driver.rollouts import Batch, Rollouts
 from rlhf_ray.errors import BudgetExhausted
 from rlhf_ray.models.reading import StateValues, TokenLogprobs
 from rlhf_ray.packing import Sequence
-from rlhf_ray.rollout.pool import sampling_seed
+from rlhf_ray.rollout.pool import PROBE_TOKENS, sampling_seed
 from rlhf_ray.scoring.scorer import ScoredTrajectory, response_sequence
 from rlhf_ray.stages.run import Run
 from rlhf_ray.tracking.activity import Activity
@@ -39,9 +39,6 @@ from rlhf_ray.training.group import PendingSave
 from rlhf_ray.training.objectives import PolicyUpdate, ValueUpdate
 
 logger = logging.getLogger(__name__)
-
-# The probe after a weight transfer reads this many tokens at the most.
-PROBE_TOKENS = 64
 
 
 class PPOLoop:

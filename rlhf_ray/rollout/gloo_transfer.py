@@ -223,23 +223,27 @@ class GlooTrainerTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]
         assert self.source is not None
         return [TensorSpec(m.name, m.dtype, m.shape) for m in self.source.metadata()]
 
-    def send_weights(self) -> None:
+    def send_weights(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Send every parameter of the source once. All trainer ranks call it; the caller commits the version.
 
         Where it fails the connections are in the middle of something, and end.
+
+        Args:
+            meanwhile: done on every rank while the engines load what was sent last.
         """
         assert self.source is not None
         if not self.is_sender:
             for _ in self.source:  # takes part in the gathering of partitioned parameters
                 pass
+            meanwhile()
             return
         try:
-            self._send(self._specs())
+            self._send(self._specs(), meanwhile)
         except BaseException:
             self.shutdown()
             raise
 
-    def _send(self, specs: list[TensorSpec]) -> None:
+    def _send(self, specs: list[TensorSpec], meanwhile: Callable[[], None]) -> None:
         assert self.source is not None
         if self._shared is None:
             raise RuntimeError("weight transfer: not connected to the engines")
@@ -249,16 +253,17 @@ class GlooTrainerTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]
             shapes=[list(s.shape) for s in specs],
         )
         # The first buckets are filled while the engines stop.
-        with _beside(self._receive, asdict(update)):
+        with _beside(self._update_engines, asdict(update)):
             outgoing = _Outgoing(self._shared, self._group)
             for flat in fill_buckets(self.source, plan_buckets(specs, self._bucket_bytes), outgoing.room):
                 outgoing.send(flat)
+            meanwhile()
             outgoing.wait()
-        self.client.finish_weight_update()
 
-    def _receive(self, update: dict[str, Any]) -> None:
+    def _update_engines(self, update: dict[str, Any]) -> None:
         self.client.start_weight_update()
         self.client.update_weights(update)
+        self.client.finish_weight_update()
 
     def shutdown(self) -> None:
         """Drop the connections and stop listening."""

@@ -1,7 +1,7 @@
 """The trainer's end of a weight transfer: a source over DeepSpeed's parameters, and the calls to the engines."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -114,11 +114,15 @@ class WeightSender:
                 source=source,
             )
 
-    def send(self) -> None:
-        """Send every parameter to every engine."""
+    def send(self, meanwhile: Callable[[], None]) -> None:
+        """Send every parameter to every engine, and do something else while those on CPUs load the last ones."""
         if self._gpu:
             # vLLM fills buckets on streams of its own, which do not wait for the last optimizer step.
             torch.cuda.synchronize()
-        self._engine.send_weights()
+        if isinstance(self._engine, gloo_transfer.GlooTrainerTransferEngine):
+            self._engine.send_weights(meanwhile)
+        else:
+            self._engine.send_weights()
+            meanwhile()
         if self._frees_buffer:
             torch.cuda.empty_cache()

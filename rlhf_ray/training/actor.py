@@ -139,11 +139,13 @@ class TrainerActor:
             self.trainer, engines, workers_per_engine, getattr(torch, dtype), backend, self._timeout.total_seconds()
         )
 
-    def send_weights(self, version: int) -> None:
-        """Send all weights, which are of this version, to the connected engines."""
+    def send_weights(self, version: int, batches: list[PackedBatch], reader: Reader) -> list[list[torch.Tensor]]:
+        """Send all weights, which are of this version, to the connected engines; meanwhile a forward pass."""
+        read: list[list[torch.Tensor]] = []
         with activity().busy("transfer"):
-            self._sender.send()
+            self._sender.send(meanwhile=lambda: read.extend(self.forward(batches, reader)))
         activity().hold_version(version)
+        return read
 
 
 def _size(batches: list[PackedBatch]) -> dict[str, int]:

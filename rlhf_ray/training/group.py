@@ -120,9 +120,14 @@ class TrainerGroup:
         """Join a weight-transfer group with rollout engines, over "gloo", "nccl" or "ipc"."""
         return self._on_all("connect_engines", "connecting to the engines", engines, workers_per_engine, dtype, backend)
 
-    def send_weights(self, version: int) -> Answer:
-        """Send all weights, which are of this version, to the connected engines."""
-        return self._on_all("send_weights", "weight transfer", version)
+    def send_weights(self, version: int, sequences: Items[Sequence], reader: Reader) -> "PendingForward":
+        """Send all weights, which are of this version, to the connected engines; meanwhile read `sequences`."""
+        shares = self._share_out(sequences, None)
+        refs = [
+            actor.send_weights.remote(version, share, reader) for actor, share in zip(self._actors, shares, strict=True)
+        ]
+        pending = Answer(refs, f"{self.spec.name} trainer: weight transfer", self._patience)
+        return PendingForward(pending, [[batch.indices for batch in share] for share in shares], len(sequences))
 
     def stop(self) -> None:
         """End the actors at once."""
