@@ -31,7 +31,7 @@ KEPT_LOGIT_BYTES = 64 * 2**20
 FP32_LOGIT_TOKENS = 128
 # Bytes of a transfer bucket (`rollout/buckets.py`); two are under way at a time between GPUs, and on a CPU as many as
 # `rollout/shared_buckets.py` has room for.
-BUCKET_BYTES = 16 * 2**20
+BUCKET_BYTES = 31 * 2**20
 BUCKET_SLOTS = 4
 GPU_BUCKET_BYTES = 64 * 2**20
 # Tokens of one step of vLLM's scheduler: ours on a CPU (`rollout/engine.py`), vLLM's default on a GPU.

@@ -6,13 +6,15 @@ Sender and receiver compute the same cut from the same metadata, so only bytes t
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
-# Large enough that per-message cost vanishes; small enough that the first is soon there, to be loaded while the next
-# one travels, and that the allocator keeps their memory (`runtime.cluster.KEPT_MEMORY`).
-BUCKET_BYTES = 16 * 2**20
-# Between GPUs, where 16 MiB travel in less time than vLLM takes to begin to load them. Two of these are under way at a
+# Large enough that per-message cost vanishes, also that of vLLM's loaders, which go through the whole model for each;
+# small enough that the first is soon there, to be loaded while the next one travels, and that the allocator keeps their
+# memory (below 32 MiB, see `runtime.cluster.KEPT_MEMORY`).
+BUCKET_BYTES = 31 * 2**20
+# Between GPUs, where less travels in the time that vLLM takes to begin to load it. Two of these are under way at a
 # time, beside what an engine has of its GPU already.
 GPU_BUCKET_BYTES = 64 * 2**20
 
@@ -34,16 +36,28 @@ class TensorSpec:
 
 
 def plan_buckets(specs: Sequence[TensorSpec], bucket_bytes: int = BUCKET_BYTES) -> list[list[TensorSpec]]:
-    """Cut `specs`, in order, into runs of at most `bucket_bytes`; a larger parameter travels alone."""
+    """Cut `specs`, in order, into runs of at most `bucket_bytes`; a larger parameter travels alone.
+
+    A layer that fits into a bucket is not cut: an engine may join its parameters, and packs them from where they lie.
+    """
     buckets: list[list[TensorSpec]] = []
     room = 0
-    for spec in specs:
-        if not buckets or spec.num_bytes > room:
-            buckets.append([])
-            room = bucket_bytes
-        buckets[-1].append(spec)
-        room -= spec.num_bytes
+    for number, parameters in groupby(specs, lambda spec: layer_of(spec.name)):
+        layer = list(parameters)
+        whole = number is not None and size_of(layer) <= bucket_bytes
+        parts = [layer] if whole else [[spec] for spec in layer]
+        for part in parts:
+            if not buckets or size_of(part) > room:
+                buckets.append([])
+                room = bucket_bytes
+            buckets[-1] += part
+            room -= size_of(part)
     return buckets
+
+
+def layer_of(name: str) -> str | None:
+    """The number of the layer that a parameter belongs to, None outside of layers."""
+    return next((part for part in name.split(".") if part.isdigit()), None)
 
 
 def size_of(bucket: Sequence[TensorSpec]) -> int:

@@ -35,8 +35,8 @@ PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 PROBE_TOKENS = 16
 
 # What many engines finish within this many seconds an engine is taken together: a look at them takes the driver a
-# hundredth of that.
-GATHER_S = 2.5e-4
+# fiftieth of that.
+GATHER_S = 5e-4
 
 SAMPLING = "rollout engines: the longest wait for a response"
 

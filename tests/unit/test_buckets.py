@@ -32,6 +32,18 @@ def test_a_parameter_larger_than_a_bucket_travels_alone():
     assert plan_buckets(specs, 16) == [[specs[0]], [specs[1]], [specs[2], specs[3]]]
 
 
+def test_a_layer_is_cut_only_where_it_is_larger_than_a_bucket():
+    specs = [
+        spec("embed", 1),
+        spec("layers.0.q", 2),
+        spec("layers.0.k", 1),
+        spec("layers.1.q", 4),
+        spec("layers.1.k", 2),
+    ]
+    assert plan_buckets(specs, 12) == [[specs[0]], specs[1:3], [specs[3]], [specs[4]]]
+    assert plan_buckets(specs, 24) == [specs[:3], specs[3:]]
+
+
 def test_no_parameters_make_no_buckets():
     assert plan_buckets([], 16) == []
     assert list(fill_buckets([], [], room)) == []
