@@ -18,7 +18,7 @@ class VersionSpan:
 
 @dataclass(eq=False)
 class Trajectory:
-    """One sampled response. Its arrays are not to be written to: they may lie in memory that processes share.
+    """One sampled response. Its arrays are not to be written to.
 
     Attributes:
         uid: the prompt's identity, unique within the run.
@@ -40,6 +40,15 @@ class Trajectory:
     versions: list[VersionSpan]
     row: dict[str, Any] = field(default_factory=dict)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle arrays as bytes.
+
+        They are read sooner than arrays, and, unlike those, do not hold on to Ray's shared memory as long as they live.
+        """
+        ids = [np.asarray(ids, np.int32).tobytes() for ids in (self.prompt_ids, self.response_ids)]
+        logprobs = np.asarray(self.logprobs, np.float32).tobytes()
+        return _restored, (self.uid, self.sample, *ids, logprobs, self.finish_reason, self.versions, self.row)
+
     @property
     def truncated(self) -> bool:
         """Whether the response was cut at the token limit rather than ended by the model."""
@@ -54,3 +63,25 @@ class Trajectory:
     def num_tokens(self) -> int:
         """Prompt and response tokens together."""
         return len(self.prompt_ids) + len(self.response_ids)
+
+
+def _restored(
+    uid: str,
+    sample: int,
+    prompt_ids: bytes,
+    response_ids: bytes,
+    logprobs: bytes,
+    finish_reason: str,
+    versions: list[VersionSpan],
+    row: dict[str, Any],
+) -> Trajectory:
+    return Trajectory(
+        uid,
+        sample,
+        np.frombuffer(prompt_ids, np.int32),
+        np.frombuffer(response_ids, np.int32),
+        np.frombuffer(logprobs, np.float32),
+        finish_reason,
+        versions,
+        row,
+    )
