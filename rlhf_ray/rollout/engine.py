@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # A response waits for others at most this share of the time since its call began: what is handed over together costs
 # the driver as much as one. The last one waits for none.
-GATHER_SHARE = 0.1
+GATHER_SHARE = 0.15
 
 # Tokens of one scheduler step on a CPU: prompts of many requests start together.
 CPU_STEP_TOKENS = 4096
