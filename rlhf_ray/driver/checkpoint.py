@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.errors import CheckpointError, shortened
+from rlhf_ray.runtime.chaos import reached
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class CheckpointStore:
         """
         target, work = self.folder / f"step_{step:06d}", self._work(step)
         (work / STATE).write_text(json.dumps(state))
+        reached("sealing a checkpoint")
         files = sorted(path for path in work.rglob("*") if path.is_file())
         about = {str(path.relative_to(work)): [path.stat().st_size, _sha256(path)] for path in files}
         manifest = {"step": step, "score": score, "files": about}

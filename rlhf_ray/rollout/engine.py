@@ -18,6 +18,7 @@ import numpy as np
 from rlhf_ray.errors import EngineError
 from rlhf_ray.rollout.further_nodes import FurtherNodes
 from rlhf_ray.rollout.in_process import InProcessEngine
+from rlhf_ray.runtime.chaos import reached
 from rlhf_ray.runtime.cores import bind_to_cores
 from rlhf_ray.runtime.interface import choose_interface
 from rlhf_ray.tracking.activity import activity
@@ -102,6 +103,7 @@ class RolloutEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         setup_actor_logging()
+        reached("start-up")
         choose_interface()  # inherited by the processes that vLLM starts
         self._spec = spec
         self._version: int | None = None
@@ -238,6 +240,7 @@ class RolloutEngine:
         """Receive the weights."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
+        reached("receiving")
         await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
 
     async def finish_weight_update(self) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import ray
 from ray.exceptions import RayError
 
+from rlhf_ray.runtime import chaos
 from rlhf_ray.runtime.ports import check_port_of_head
 from rlhf_ray.runtime.reach import check_reachable, explained
 
@@ -91,13 +92,17 @@ def actor_environment(cpus: float, gpus: float = 0.0) -> dict[str, str]:
     magnitude, so each gets the threads it was given cores for, and at least one.
     """
     threads = str(max(1, int(cpus)))
-    return ({} if gpus else KEPT_MEMORY) | {
-        "PYTHONPATH": os.pathsep.join(_import_path()),
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "TOKENIZERS_PARALLELISM": "false",
-        # vLLM on CPU would otherwise pin every engine to the same first core.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    return (
+        ({} if gpus else KEPT_MEMORY)
+        | chaos.environment()
+        | {
+            "PYTHONPATH": os.pathsep.join(_import_path()),
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "false",
+            # vLLM on CPU would otherwise pin every engine to the same first core.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+    )

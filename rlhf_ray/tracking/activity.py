@@ -21,6 +21,7 @@ from typing import Any, TextIO
 import ray
 from ray.util.metrics import Counter, Gauge
 
+from rlhf_ray.runtime.chaos import reached
 from rlhf_ray.tracking.logs import ACTOR, LOGS
 from rlhf_ray.tracking.prometheus_names import METRICS, STATES, TAGS
 
@@ -110,6 +111,7 @@ class Activity:
             self._open.append(call)
             self._set_queue()
         try:
+            reached(name)
             yield call
         finally:
             end = time.time()
@@ -137,6 +139,8 @@ class Activity:
             self._add("rlhf_responses_total", responses)
             self._tokens += tokens
             self._catch_up(tokens > 0)
+        if tokens:
+            reached("tokens")
 
     def count_iteration(self) -> None:
         """One more iteration is done."""

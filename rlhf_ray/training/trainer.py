@@ -21,6 +21,7 @@ from rlhf_ray.algorithms.checks import noting_nonfinite
 from rlhf_ray.config.sections import TrainingSection
 from rlhf_ray.errors import CheckpointError
 from rlhf_ray.packing import PackedBatch
+from rlhf_ray.runtime.chaos import reached
 from rlhf_ray.training.deepspeed_config import clips_itself, deepspeed_config, lr_multiplier
 from rlhf_ray.training.offload import free_optimizer, restore_optimizer
 from rlhf_ray.training.snapshot import COMMON, Snapshot, random_file
@@ -157,6 +158,7 @@ class Trainer:
                 logger.warning("optimizer step %d: %s", self.engine.global_steps, problem)
             shares["loss"] = loss.detach() * math.nan if problems else loss.detach()
             shares_of_batches.append({name: float(share) for name, share in shares.items()})
+            reached("backward")
             # DeepSpeed averages gradients over ranks; the loss is already a share of the global mean.
             factor: float = self.world_size
             if len(shares_of_batches) == len(batches):
@@ -165,6 +167,7 @@ class Trainer:
                     factor = math.nan  # a gradient that is not finite, for what skips the step on all ranks alike
             self.engine.backward(loss * factor, scale_wrt_gas=False)
         values["learning_rate"] = self.engine.get_lr()[0]
+        reached("optimizer step")
         self.engine.step()
         values["grad_norm"] = self._grad_norm()
         skipped = bool(getattr(self.engine.optimizer, "overflow", False))
