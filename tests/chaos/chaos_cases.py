@@ -1,0 +1,311 @@
+"""What may happen to a run, each with one cause, and a soak of everything in turn."""
+
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from chaos_runs import Case
+
+from rlhf_ray.runtime.chaos import HAPPENED, Event
+
+SHORT_LIMIT_S = 5.0  # of a reward function
+BACK_S = 5.0  # until a node that went down is there again
+
+
+def killed(actor: str, state: str, count: int, name: str = "failure", **how: Any) -> Event:
+    """One process, in the state that it reaches for the n-th time."""
+    return Event(name, actor, state, count, **how)
+
+
+# ---- clusters and disks
+
+
+@contextmanager
+def nodes(folder: Path, *, engines: int = 0, trainers: int = 0, cpus: float, returns: bool = False, **head: Any):
+    """A cluster of nodes on this machine: a head with so many CPUs, and nodes for one process each, by their role.
+
+    One that goes down comes back if it `returns`.
+    """
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+
+    def add(role: str) -> None:
+        cluster.add_node(num_cpus=0.25, labels={"role": role}, object_store_memory=100 * 2**20)
+
+    def bring_back(role: str) -> None:
+        while not list(folder.glob(f"*{HAPPENED}")):
+            if ended.wait(0.2):
+                return
+        if not ended.wait(BACK_S):
+            add(role)
+
+    ended = threading.Event()
+    cluster.add_node(num_cpus=cpus, labels={"role": "head"}, include_dashboard=False, **head)
+    try:
+        for role, count in (("engine", engines), ("trainer", trainers)):
+            for _ in range(count):
+                add(role)
+        cluster.wait_for_nodes()
+        if returns:
+            threading.Thread(target=bring_back, args=("engine" if engines else "trainer",), daemon=True).start()
+        yield {"RAY_ADDRESS": cluster.address}
+    finally:
+        ended.set()
+        cluster.shutdown()
+
+
+FILL = """
+import sys, time
+import numpy, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+held = [ray.put(numpy.ones(8 * 2**20, dtype="uint8")) for _ in range(20)]
+print("full", flush=True)
+time.sleep(3600)
+"""
+
+
+@contextmanager
+def full_object_store(folder: Path) -> Iterator[dict[str, str]]:
+    """A cluster whose object store somebody else has filled twice over."""
+    with nodes(folder, cpus=2, object_store_memory=80 * 2**20) as environment:
+        command = [sys.executable, "-c", FILL, environment["RAY_ADDRESS"]]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout is not None
+            try:
+                assert other.stdout.readline() == "full\n"
+                yield environment
+            finally:
+                other.kill()
+
+
+@contextmanager
+def small_disk(folder: Path, *, mib: float) -> Iterator[dict[str, str]]:
+    """Checkpoints go to a file system of their own, which others fill until the run has met that. Needs root."""
+    checkpoints = folder / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(mib * 2**20)}", "none", str(checkpoints)], check=True)
+    ended = threading.Event()
+
+    def fill_and_free() -> None:
+        while not list(checkpoints.glob("step_*")):
+            if ended.wait(0.05):
+                return
+        with (checkpoints / "others").open("wb") as file:
+            try:
+                while True:
+                    file.write(bytes(2**16))
+                    file.flush()
+            except OSError:
+                (folder / f"failure{HAPPENED}").write_text(
+                    f'{{"time": {time.time()}, "victim": "driver", "process": 0}}'
+                )
+        while not list(folder.glob("output-1.txt")) and not ended.wait(0.2):
+            continue
+        (checkpoints / "others").unlink()
+
+    filling = threading.Thread(target=fill_and_free, daemon=True)
+    filling.start()
+    try:
+        yield {}
+    finally:
+        ended.set()
+        filling.join()
+        for name in checkpoints.glob("step_*"):
+            subprocess.run(["cp", "-r", str(name), str(folder)], check=True)
+        subprocess.run(["umount", str(checkpoints)], check=True)
+        for name in folder.glob("step_*"):
+            name.rename(checkpoints / name.name)
+
+
+@contextmanager
+def no_tracker(folder: Path) -> Iterator[dict[str, str]]:
+    """Nobody listens where W&B should be."""
+    yield {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_SILENT": "true"}
+
+
+# ---- cases
+
+RANKS = {"policy": {"processes": 2, "cpus": 0.25}}
+ONE_ENGINE = {"rollout": {"engines": 1}}
+HANGS = {"run": {"min_timeout_s": 10.0}}
+
+
+def _function(name: str) -> dict[str, dict[str, Any]]:
+    item = {"path": f"chaos_rewards:{name}", "timeout_s": SHORT_LIMIT_S, "on_error": "exclude"}
+    return {"reward": {"functions": [item]}}
+
+
+def _of_function(name: str, happens: str) -> Case:
+    """A function that fails at its second call; its samples are left out, so that the numbers differ."""
+    event = killed(f"reward-{name}", "scores", 2, action="mark")
+    return Case(f"function-{name}", happens, (event,), only_here=_function(name), equal=False)
+
+
+ENGINES = [
+    Case("engine-idle", "an engine is killed while it is idle", (killed("driver", "train", 2, victim="rollout-1"),)),
+    Case("engine-generating", "an engine is killed while it samples", (killed("rollout-1", "tokens", 4),)),
+    Case(
+        "engine-only", "the only engine is killed while it samples", (killed("rollout-0", "tokens", 4),), {}, ONE_ENGINE
+    ),
+    Case("engine-transfer", "an engine is killed while it takes new weights", (killed("rollout-1", "receiving", 3),)),
+    Case("engine-start", "an engine is killed while the run starts", (killed("rollout-1", "start-up", 1),)),
+    Case(
+        "engine-successor",
+        "an engine is killed while it samples, and its successor while it starts",
+        (killed("rollout-1", "tokens", 2), killed("rollout-1", "start-up", 1, "second failure", after="failure")),
+    ),
+    Case(
+        "engine-hung", "an engine hangs while it samples", (killed("rollout-1", "tokens", 6, action="stop"),), {}, HANGS
+    ),
+    Case(
+        "engine-hung-transfer",
+        "an engine hangs while it takes new weights",
+        (killed("rollout-1", "receiving", 4, action="stop"),),
+        {},
+        HANGS,
+    ),
+]
+SCORERS = [
+    Case("reference", "the reference is killed in a forward pass", (killed("reference-0", "log-probabilities", 2),)),
+    Case("reward", "the reward model is killed in a forward pass", (killed("reward-0", "scores", 2),)),
+    Case(
+        "reference-hung",
+        "the reference hangs in a forward pass",
+        (killed("reference-0", "log-probabilities", 3, action="stop"),),
+        {},
+        HANGS,
+    ),
+    Case(
+        "engine-and-reference",
+        "an engine and the reference are killed at once",
+        (
+            killed("reference-0", "log-probabilities", 2, "engine", victim="rollout-1"),
+            killed("reference-0", "log-probabilities", 2, "reference"),
+        ),
+    ),
+]
+TRAINERS = [
+    Case("critic-forward", "the critic is killed in a forward pass", (killed("critic-0", "forward", 2),)),
+    Case(
+        "policy-backward",
+        "one of two ranks of the policy is killed in backward",
+        (killed("policy-1", "backward", 3),),
+        RANKS,
+    ),
+    Case(
+        "policy-optimizer", "the policy is killed before its optimizer step", (killed("policy-0", "optimizer step", 3),)
+    ),
+    # A transfer's probe has tokens, too: those of the first, then of each step and the probe after it.
+    Case(
+        "policy-stepped",
+        "the policy is killed after its optimizer step, unanswered",
+        (killed("policy-0", "tokens", 6),),
+    ),
+    Case(
+        "policy-checkpoint", "the policy is killed while it writes a checkpoint", (killed("policy-0", "checkpoint", 2),)
+    ),
+    Case("policy-transfer", "the policy is killed while it sends weights", (killed("policy-0", "transfer", 3),)),
+    Case("policy-hung", "the policy hangs in backward", (killed("policy-0", "backward", 4, action="stop"),), {}, HANGS),
+]
+DRIVERS = [
+    Case(f"driver-{name}", f"the driver is killed {when}", (killed("driver", state, count),), starts=2)
+    for name, state, count, when in (
+        ("wait", "wait", 3, "while it waits for samples"),
+        ("advantages", "advantages", 3, "while it computes advantages"),
+        ("train", "train", 3, "while policy and critic train"),
+        ("transfer", "transfer", 4, "while weights are sent"),
+        ("checkpoint", "sealing a checkpoint", 2, "while it seals a checkpoint"),
+    )
+]
+NODES = [
+    Case(
+        "node-engine",
+        "the node of one of two engines goes down while it samples",
+        (killed("rollout-1", "tokens", 4, action="kill node"),),
+        only_here={"placement": {"labels": {"rollout": {"role": "engine"}}, "spread": ["rollout"]}},
+        around=partial(nodes, cpus=1.0, engines=2),
+    ),
+    Case(
+        "node-policy",
+        f"the policy's node goes down in backward; another comes {BACK_S:g} s later",
+        (killed("policy-0", "backward", 3, action="kill node"),),
+        only_here={"placement": {"labels": {"policy": {"role": "trainer"}, "rollout": {"role": "head"}}}},
+        around=partial(nodes, cpus=1.5, trainers=1, returns=True),
+    ),
+]
+SURROUNDINGS = [
+    Case(
+        "disk-full",
+        "the disk of the checkpoints is full, until the command is given again",
+        (Event("failure", "nobody", "nothing", victim="driver"),),  # `small_disk` says when it is
+        starts=2,
+        around=partial(small_disk, mib=8),
+    ),
+    Case("object-store-full", "others have filled the object store", around=full_object_store),
+    _of_function("hangs", "a reward function hangs"),
+    _of_function("raises", "a reward function raises an error"),
+    _of_function("gives_nan", "a reward function returns NaN"),
+    Case("tracker", "W&B does not answer", only_here={"tracking": {"wandb": "online"}}, around=no_tracker),
+]
+
+# Every step of the loop once, one after the other: each failure is in an iteration of its own.
+ONE_AFTER_ANOTHER = Case(
+    "one-after-another",
+    "an engine, the reference and the policy are killed, each in an iteration of its own",
+    (
+        killed("rollout-1", "tokens", 2, "engine"),
+        killed("reference-0", "log-probabilities", 3, "reference"),
+        killed("policy-0", "backward", 4, "policy"),
+    ),
+)
+
+# What a soak draws from, and how often that is reached in an iteration.
+STRIKES = [
+    ("rollout-0", "tokens", 2),
+    ("rollout-1", "tokens", 2),
+    ("rollout-1", "receiving", 1),
+    ("reference-0", "log-probabilities", 1),
+    ("reward-0", "scores", 1),
+    ("policy-0", "backward", 1),
+    ("critic-0", "backward", 1),
+    ("driver", "wait", 1),
+    ("driver", "train", 1),
+]
+
+
+def soak(seed: int, strikes: int, iterations: int, max_staleness: int = 0) -> Case:
+    """Kills at random, one after the other; a reward that is easily learned."""
+    draw = random.Random(seed)
+    events: list[Event] = []
+    for number in range(strikes):
+        actor, state, often = draw.choice(STRIKES)
+        count = draw.randint(1, 2 * often)
+        events.append(killed(actor, state, count, f"{number}", after=events[-1].name if events else None))
+    changes = {
+        "ppo": {"iterations": iterations, "prompts_per_iteration": 16, "max_staleness": max_staleness},
+        "policy": {"cpus": 0.25, "learning_rate": 1e-3},
+        "reward": {"models": [], "functions": [{"path": "reward_functions:low_tokens"}]},
+        "critic": {"cpus": 0.25, "init": "policy"},
+    }
+    ahead = f", sampling {max_staleness} ahead" if max_staleness else ""
+    return Case(
+        f"soak-{seed}{'-ahead' if max_staleness else ''}",
+        f"{strikes} kills at random over {iterations} iterations{ahead}",
+        tuple(events),
+        changes,
+        starts=1 + sum(event.actor == "driver" for event in events),
+        equal=not max_staleness,
+        reward_within=0.1,
+    )
+
+
+SOAKS = [soak(seed=1, strikes=6, iterations=20), soak(seed=2, strikes=6, iterations=20, max_staleness=1)]
+CASES = [*ENGINES, *SCORERS, *TRAINERS, *DRIVERS, *NODES, *SURROUNDINGS, ONE_AFTER_ANOTHER, *SOAKS]

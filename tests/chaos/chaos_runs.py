@@ -1,0 +1,374 @@
+"""One PPO run that something happens to, beside one that nothing happens to, for tests and `benchmarks/chaos.py`.
+
+A run is the command in a process of its own, so that its end and Ray's are real; where the driver is the victim, the
+same command is given again.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+from ppo_runs import Inputs, make_inputs, rows_of
+
+from rlhf_ray.config import PPOConfig, dump_config
+from rlhf_ray.driver.verify import verify
+from rlhf_ray.runtime.chaos import CHAOS, HAPPENED, Event, write_plan
+from rlhf_ray.tracking.activity import group_of
+
+ROOT = Path(__file__).resolve().parents[2]
+# What the clock decides, and how many engines there were; every other number of a run its configuration decides.
+CLOCK = ("time/", "rollout/tokens_per_second", "rollout/engines")
+RUN_LIMIT_S = 600.0
+LAST = 5  # iterations whose reward is averaged
+END_S = 30.0  # for Ray's processes to end after their driver
+# The span that shows that the successor of a process works.
+WORK = {
+    "rollout": "generate",
+    "policy": "step",
+    "critic": "step",
+    "reference": "log-probabilities",
+    "reward": "scores",
+    "driver": "iteration",
+}
+# States of the driver in which an iteration is not finished.
+WITHIN_ITERATION = ("iteration", "wait", "generate", "advantages", "train", "transfer")
+LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) (WARNING|ERROR|CRITICAL) (rlhf_ray[\w.]*: .*)")
+HANDED_OVER = re.compile(r"(\d+) (?:responses|replies)")
+
+# Two engines, so that one can be missed. They sample four responses at a time, so that some are finished while others
+# are not; deadlines are short, and long enough for two cores that others use too.
+COMMON: dict[str, dict[str, Any]] = {
+    "run": {"seed": 3, "timeout_s": 120.0, "min_timeout_s": 30.0, "checkpoint_every": 1},
+    "policy": {"cpus": 0.25},
+    "critic": {"cpus": 0.25},
+    "rollout": {"cpus": 0.25, "engines": 2, "max_concurrency": 4},
+    "ppo": {"iterations": 5, "prompts_per_iteration": 8},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run and what happens to it.
+
+    Attributes:
+        name: of the case.
+        happens: the same in words.
+        events: what strikes it.
+        changes: keys of the configuration, by section, also of the undisturbed run that it is compared with.
+        only_here: keys that this run alone has.
+        starts: how often the command is given; all but the last end with an error or the driver's death.
+        equal: whether its numbers are those of the undisturbed run, bit for bit.
+        reward_within: how far the reward that it learned may be from that of the undisturbed run, which must have
+            learned more than that.
+        around: entered for the length of the run with its folder; what it yields is added to the run's environment.
+    """
+
+    name: str
+    happens: str
+    events: tuple[Event, ...] = ()
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    only_here: dict[str, dict[str, Any]] = field(default_factory=dict)
+    starts: int = 1
+    equal: bool = True
+    reward_within: float | None = None
+    around: Callable[[Path], Any] | None = None
+
+
+class Runs:
+    """Runs of cases in one folder; undisturbed ones are made once for all that they are compared with."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._inputs: Inputs = make_inputs(folder)
+        self._undisturbed: dict[str, dict[str, Any]] = {}
+
+    def run(self, case: Case) -> dict[str, Any]:
+        """What came of it, and what is wrong with that (`problems`, in words)."""
+        expected = self.undisturbed(case)
+        count = sum(1 for _ in self._folder.glob(f"{case.name}.*"))
+        found = self._make(case, self._folder / f"{case.name}.{count}")
+        found |= {"equal": differences(expected["config"], found["config"]), "lost_s": found["took_s"]}
+        found["lost_s"] -= expected["took_s"]
+        found["undisturbed_s"] = expected["took_s"]
+        found["rewards"] = [*learned(expected["config"]), *learned(found["config"])]
+        found["problems"] = problems(case, found)
+        return found
+
+    def undisturbed(self, case: Case) -> dict[str, Any]:
+        """The run of the case's configuration that nothing happens to."""
+        key = json.dumps(case.changes, sort_keys=True)
+        if key not in self._undisturbed:
+            name = f"undisturbed-{len(self._undisturbed)}"
+            found = self._make(Case(name, "nothing", changes=case.changes), self._folder / name)
+            assert found["exit_codes"] == [0], found["output"]
+            self._undisturbed[key] = found
+        return self._undisturbed[key]
+
+    def _config(self, case: Case, folder: Path) -> PPOConfig:
+        sections: dict[str, dict[str, Any]] = {}
+        for part in (COMMON, case.changes, case.only_here):
+            for section, keys in part.items():
+                sections[section] = sections.get(section, {}) | keys
+        defaults = self._inputs.config("x").model_dump(mode="json", exclude_unset=True)
+        sections = {name: defaults.get(name, {}) | keys for name, keys in sections.items()}
+        sections["run"]["dir"] = str(folder / "run")
+        return self._inputs.config("x", **sections)
+
+    def _make(self, case: Case, folder: Path) -> dict[str, Any]:
+        folder.mkdir()
+        config = self._config(case, folder)
+        file = folder / "ppo.yaml"
+        file.write_text(dump_config(config))
+        environment = write_plan(folder / "plan.json", Path(config.run.dir), list(case.events))
+        ends: list[tuple[float, int | None]] = []
+        began = time.time()
+        with _around(case, folder) as more, _ended_at_last(environment[CHAOS]):
+            for start in range(case.starts):
+                ends.append(_command(file, environment | more, folder / f"output-{start}.txt"))
+                if ends[-1][1] in (0, None):
+                    break
+            took = time.time() - began
+            left = _left(environment[CHAOS])
+            if "RAY_ADDRESS" in more:
+                left += _held(more["RAY_ADDRESS"])
+        outputs = sorted(folder.glob("output-*.txt"))
+        return {
+            "case": case.name,
+            "happens": case.happens,
+            "config": config,
+            "exit_codes": [code for _, code in ends],
+            "took_s": took,
+            "output": outputs[-1].read_text()[-3000:],
+            "left": left,
+            "findings": [f"{one.subject}: {one.problem}" for one in verify(Path(config.run.dir)) if one.problem],
+            "events": [_event(event, folder, Path(config.run.dir), [at for at, _ in ends]) for event in case.events],
+            **_repeated(case, folder, Path(config.run.dir)),
+        }
+
+
+@contextmanager
+def _around(case: Case, folder: Path) -> Iterator[dict[str, str]]:
+    if case.around is None:
+        yield {}
+    else:
+        with case.around(folder) as environment:
+            yield environment
+
+
+def _command(config: Path, environment: dict[str, str], output: Path) -> tuple[float, int | None]:
+    """Give the command; when it ended and its exit code, None where it had to be ended."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "system"), str(Path(__file__).parent)])
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rlhf_ray", "ppo", str(config)],
+            env=inherited | {"PYTHONPATH": path} | environment,
+            stdout=file,
+            stderr=file,
+            cwd=config.parent,
+        )
+        try:
+            code: int | None = process.wait(RUN_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            code = None
+    return time.time(), code
+
+
+def processes_under(plan: str) -> list[psutil.Process]:
+    """The living processes of a run, Ray's own included where the run started Ray."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(CHAOS) == plan and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def _left(plan: str) -> list[str]:
+    """Command lines of what outlives the run."""
+    deadline = time.monotonic() + END_S
+    while (processes := processes_under(plan)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    found = []
+    for process in processes:
+        try:
+            found.append(" ".join(process.cmdline())[:120])
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+# What a cluster still holds for its runs.
+HELD = """
+import sys
+import ray
+from ray.util.placement_group import placement_group_table
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+held = [f"placement group {key}" for key, one in placement_group_table().items() if one["state"] != "REMOVED"]
+held += [f"actor {one['name']}" for one in ray.util.list_named_actors(all_namespaces=True)]
+print("\\n".join(held))
+"""
+
+
+def _held(address: str) -> list[str]:
+    command = [sys.executable, "-c", HELD, address]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=60).stdout.splitlines()
+
+
+@contextmanager
+def _ended_at_last(plan: str) -> Iterator[None]:
+    """Nothing of a run outlives the block, whatever is wrong with it."""
+    try:
+        yield
+    finally:
+        for process in processes_under(plan):
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+
+
+# ---- what a run came to
+
+
+def problems(case: Case, found: dict[str, Any]) -> list[str]:
+    """What is not as it should be, in words."""
+    wrong = []
+    *before, last = found["exit_codes"]
+    if last != 0:
+        wrong.append(f"ended with exit code {last}: {_last_lines(found['output'])}")
+    if len(before) != case.starts - 1:
+        wrong.append(f"the command was given {len(before) + 1} times, and {case.starts} were expected")
+    wrong += [f"{one['name']} did not happen" for one in found["events"] if "time" not in one]
+    wrong += [f"verify: {one}" for one in found["findings"]]
+    wrong += [f"left behind: {one}" for one in found["left"]]
+    if last == 0 and case.equal:
+        wrong += [f"not as undisturbed: {one}" for one in found["equal"]]
+    if last == 0 and case.reward_within is not None:
+        before, expected, _, reward = found["rewards"]
+        if abs(reward - expected) > case.reward_within or expected - before < case.reward_within:
+            wrong.append(f"reward {reward:.3f}, undisturbed {before:.3f} at first and {expected:.3f} at last")
+    return wrong
+
+
+def _last_lines(output: str) -> str:
+    return " | ".join(output.strip().splitlines()[-4:])[-600:]
+
+
+def differences(expected: PPOConfig, found: PPOConfig) -> list[str]:
+    """Where a run's numbers are not those of another: metrics, samples or weights."""
+    there, here = Path(expected.run.dir), Path(found.run.dir)
+    different = []
+    for name, read in (("metrics", _metrics), ("samples", _samples), ("weights", _weights)):
+        try:
+            if read(here) != read(there):
+                different.append(name)
+        except FileNotFoundError as error:
+            different.append(f"{name} ({error})")
+    return different
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith(CLOCK)} for row in rows]
+
+
+def _samples(run: Path) -> dict[str, list[dict[str, Any]]]:
+    return {file.name: pq.read_table(file).to_pylist() for file in sorted((run / "samples").glob("*.parquet"))}
+
+
+def _weights(run: Path) -> dict[str, str]:
+    files = [run / folder / "model.safetensors" for folder in ("model", "critic")]
+    return {str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _event(event: Event, folder: Path, run: Path, ends: list[float]) -> dict[str, Any]:
+    """When an event happened, was noticed and was made up for, in seconds after it; without "time" it did not."""
+    found: dict[str, Any] = {"name": event.name, "victim": event.victim or event.actor, "state": event.state}
+    file = folder / f"{event.name}{HAPPENED}"
+    if not file.is_file():
+        return found
+    happened = json.loads(file.read_text())
+    at = happened["time"]
+    found["time"] = at
+    said = [(when, line) for when, line in warnings_of(run) if when >= at]
+    if found["victim"] == "driver":
+        said = [(end, "the process ended") for end in ends if end >= at]
+    if said:
+        found["noticed_s"], found["line"] = said[0][0] - at, said[0][1][:300]
+    work = WORK[group_of(found["victim"])]
+    again = [
+        row["start"]
+        for row in spans_of(run, found["victim"])
+        if row["name"] == work and row["process"] != happened["process"] and row["start"] >= at
+    ]
+    if again:
+        found["recovered_s"] = min(again) - at
+    finished = [row["end"] for row in spans_of(run, "driver") if row["name"] == "iteration" and row["end"] >= at]
+    if finished:
+        found["next_iteration_s"] = min(finished) - at
+    return found
+
+
+def warnings_of(run: Path) -> list[tuple[float, str]]:
+    """What the driver had to say above what it always says, and when."""
+    log = run / "logs" / "driver.log"
+    lines = [LINE.fullmatch(line) for line in log.read_text(errors="replace").splitlines()] if log.is_file() else []
+    return [
+        (time.mktime(time.strptime(line[1], "%Y-%m-%d %H:%M:%S")) + int(line[2]) / 1000, line[4])
+        for line in lines
+        if line
+    ]
+
+
+def spans_of(run: Path, actor: str) -> list[dict[str, Any]]:
+    """The finished spans of an actor, its successors' included; a line that a kill cut off is none."""
+    file = run / "trace" / f"{actor}.jsonl"
+    rows = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _repeated(case: Case, folder: Path, run: Path) -> dict[str, int]:
+    """Iterations that were begun more than once, and responses that one engine handed to another."""
+    begun = [row["iteration"] for row in spans_of(run, "driver") if row["name"] == "iteration"]
+    killed = [
+        event
+        for event in case.events
+        if (event.victim or event.actor) == "driver"
+        and event.state in WITHIN_ITERATION
+        and (folder / f"{event.name}{HAPPENED}").exists()
+    ]
+    handed = [HANDED_OVER.search(line) for _, line in warnings_of(run)]
+    return {
+        "iterations_again": len(begun) + len(killed) - len(set(begun)),
+        "responses_again": sum(int(match[1]) for match in handed if match),
+    }
+
+
+def learned(config: PPOConfig) -> tuple[float, float]:
+    """The mean reward of the first and of the last iterations."""
+    scores = [row["objective/scores"] for row in rows_of(config)] or [math.nan]
+    return mean(scores[:LAST]), mean(scores[-LAST:])
