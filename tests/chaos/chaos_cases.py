@@ -1,17 +1,22 @@
 """What may happen to a run, each with one cause, and a soak of everything in turn."""
 
+import json
+import os
 import random
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from chaos_runs import Case
+from chaos_runs import Case, Place
+from hosts import HEAD, cluster, link, network, run
 
 from rlhf_ray.runtime.chaos import HAPPENED, Event
 
@@ -56,7 +61,7 @@ def nodes(folder: Path, *, engines: int = 0, trainers: int = 0, cpus: float, ret
         cluster.wait_for_nodes()
         if returns:
             threading.Thread(target=bring_back, args=("engine" if engines else "trainer",), daemon=True).start()
-        yield {"RAY_ADDRESS": cluster.address}
+        yield Place({"RAY_ADDRESS": cluster.address})
     finally:
         ended.set()
         cluster.shutdown()
@@ -73,21 +78,21 @@ time.sleep(3600)
 
 
 @contextmanager
-def full_object_store(folder: Path) -> Iterator[dict[str, str]]:
+def full_object_store(folder: Path) -> Iterator[Place]:
     """A cluster whose object store somebody else has filled twice over."""
-    with nodes(folder, cpus=2, object_store_memory=80 * 2**20) as environment:
-        command = [sys.executable, "-c", FILL, environment["RAY_ADDRESS"]]
+    with nodes(folder, cpus=2, object_store_memory=80 * 2**20) as place:
+        command = [sys.executable, "-c", FILL, place.environment["RAY_ADDRESS"]]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
             assert other.stdout is not None
             try:
                 assert other.stdout.readline() == "full\n"
-                yield environment
+                yield place
             finally:
                 other.kill()
 
 
 @contextmanager
-def small_disk(folder: Path, *, mib: float) -> Iterator[dict[str, str]]:
+def small_disk(folder: Path, *, mib: float) -> Iterator[Place]:
     """Checkpoints go to a file system of their own, which others fill until the run has met that. Needs root."""
     checkpoints = folder / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
@@ -114,7 +119,7 @@ def small_disk(folder: Path, *, mib: float) -> Iterator[dict[str, str]]:
     filling = threading.Thread(target=fill_and_free, daemon=True)
     filling.start()
     try:
-        yield {}
+        yield Place()
     finally:
         ended.set()
         filling.join()
@@ -126,9 +131,40 @@ def small_disk(folder: Path, *, mib: float) -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def no_tracker(folder: Path) -> Iterator[dict[str, str]]:
+def no_tracker(folder: Path) -> Iterator[Place]:
     """Nobody listens where W&B should be."""
-    yield {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_SILENT": "true"}
+    yield Place({"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_SILENT": "true"})
+
+
+HOSTS = {"head": "head", "engine-a": "engine", "engine-b": "engine"}
+
+
+@contextmanager
+def hosts(folder: Path, *, cut_for_s: float) -> Iterator[Place]:
+    """Three hosts with links of their own; that of the process that is stopped is cut, and healed. Needs root."""
+    ended = threading.Event()
+
+    def cut(name: str) -> None:
+        while not (folder / f"{name}{HAPPENED}").exists():
+            if ended.wait(0.05):
+                return
+        process = json.loads((folder / f"{name}{HAPPENED}").read_text())["process"]
+        end = link([*HOSTS].index(run("ip", "netns", "identify", str(process)).strip()))
+        run("ip", "link", "set", end, "down")
+        os.kill(process, signal.SIGCONT)
+        ended.wait(cut_for_s)
+        run("ip", "link", "set", end, "up")
+
+    with ExitStack() as stack:
+        # A socket's path is short.
+        files = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hosts", dir="/tmp")))
+        stack.enter_context(network(HOSTS))
+        processes = stack.enter_context(cluster(files, HOSTS))
+        cutting = threading.Thread(target=cut, args=("failure",), daemon=True)
+        cutting.start()
+        stack.callback(cutting.join)
+        stack.callback(ended.set)
+        yield Place({"RAY_ADDRESS": f"{HEAD}:6379"}, ("nsenter", f"--target={processes[0]}", "--mount", "--net", "--"))
 
 
 # ---- cases
@@ -240,6 +276,22 @@ NODES = [
         only_here={"placement": {"labels": {"policy": {"role": "trainer"}, "rollout": {"role": "head"}}}},
         around=partial(nodes, cpus=1.5, trainers=1, returns=True),
     ),
+]
+NODES += [
+    Case(
+        f"network-{name}",
+        f"the host of one of two engines is cut off while it samples, for {seconds} s",
+        (killed("rollout-1", "tokens", 4, action="stop"),),
+        only_here={
+            "placement": {
+                "labels": {group: {"role": "head"} for group in ("policy", "critic", "reference", "reward")}
+                | {"rollout": {"role": "engine"}},
+                "spread": ["rollout"],
+            }
+        },
+        around=partial(hosts, cut_for_s=seconds),
+    )
+    for name, seconds in (("blink", 5), ("cut", 90))
 ]
 SURROUNDINGS = [
     Case(

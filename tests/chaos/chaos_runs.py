@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -61,6 +61,19 @@ COMMON: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a command is given.
+
+    Attributes:
+        environment: variables beside those of this process.
+        within: what is put before the command.
+    """
+
+    environment: dict[str, str] = field(default_factory=dict)
+    within: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Case:
     """A run and what happens to it.
 
@@ -74,7 +87,7 @@ class Case:
         equal: whether its numbers are those of the undisturbed run, bit for bit.
         reward_within: how far the reward that it learned may be from that of the undisturbed run, which must have
             learned more than that.
-        around: entered for the length of the run with its folder; what it yields is added to the run's environment.
+        around: entered for the length of the run with its folder; yields where the command is given.
     """
 
     name: str
@@ -85,7 +98,7 @@ class Case:
     starts: int = 1
     equal: bool = True
     reward_within: float | None = None
-    around: Callable[[Path], Any] | None = None
+    around: Callable[[Path], AbstractContextManager[Place]] | None = None
 
 
 class Runs:
@@ -136,15 +149,16 @@ class Runs:
         environment = write_plan(folder / "plan.json", Path(config.run.dir), list(case.events))
         ends: list[tuple[float, int | None]] = []
         began = time.time()
-        with _around(case, folder) as more, _ended_at_last(environment[CHAOS]):
+        around = case.around(folder) if case.around else nullcontext(Place())
+        with around as place, _ended_at_last(environment[CHAOS]):
             for start in range(case.starts):
-                ends.append(_command(file, environment | more, folder / f"output-{start}.txt"))
+                ends.append(_command(file, environment, place, folder / f"output-{start}.txt"))
                 if ends[-1][1] in (0, None):
                     break
             took = time.time() - began
             left = _left(environment[CHAOS])
-            if "RAY_ADDRESS" in more:
-                left += _held(more["RAY_ADDRESS"])
+            if "RAY_ADDRESS" in place.environment:
+                left += _held(place)
         outputs = sorted(folder.glob("output-*.txt"))
         return {
             "case": case.name,
@@ -160,23 +174,14 @@ class Runs:
         }
 
 
-@contextmanager
-def _around(case: Case, folder: Path) -> Iterator[dict[str, str]]:
-    if case.around is None:
-        yield {}
-    else:
-        with case.around(folder) as environment:
-            yield environment
-
-
-def _command(config: Path, environment: dict[str, str], output: Path) -> tuple[float, int | None]:
+def _command(config: Path, plan: dict[str, str], place: Place, output: Path) -> tuple[float, int | None]:
     """Give the command; when it ended and its exit code, None where it had to be ended."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "system"), str(Path(__file__).parent)])
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with output.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "rlhf_ray", "ppo", str(config)],
-            env=inherited | {"PYTHONPATH": path} | environment,
+            [*place.within, sys.executable, "-m", "rlhf_ray", "ppo", str(config)],
+            env=inherited | {"PYTHONPATH": path} | plan | place.environment,
             stdout=file,
             stderr=file,
             cwd=config.parent,
@@ -228,8 +233,8 @@ print("\\n".join(held))
 """
 
 
-def _held(address: str) -> list[str]:
-    command = [sys.executable, "-c", HELD, address]
+def _held(place: Place) -> list[str]:
+    command = [*place.within, sys.executable, "-c", HELD, place.environment["RAY_ADDRESS"]]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=60).stdout.splitlines()
 
 

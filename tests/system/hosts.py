@@ -16,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +30,40 @@ from rlhf_ray.config import dump_config
 BRIDGE = "rlhfbr"
 OUTSIDE = "10.77.0.254"
 ROLES = {"head": "head", "trainer-a": "trainer", "trainer-b": "trainer", "rollout-a": "rollout", "rollout-b": "rollout"}
-ADDRESSES = {name: f"10.77.0.{number}" for number, name in enumerate(ROLES, start=1)}
+HEAD = "10.77.0.1"  # the first host
 # Raylets that share a session's folder take each other's sockets.
 PRIVATE = 'mkdir -p "$1" "$2"; mount --bind "$1" "$2"; mount -t tmpfs none /dev/shm; shift 2; exec "$@"'
-DASHBOARD = f"http://{ADDRESSES['head']}:8265"
+DASHBOARD = f"http://{HEAD}:8265"
+
+
+def link(number: int) -> str:
+    """The bridge's end of a host's link; the hosts are counted from 0."""
+    return f"rlhf{number}"
 
 
 def run(*command: str, **options: Any) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120, **options).stdout
 
 
+def address_of(number: int) -> str:
+    return f"10.77.0.{1 + number}"
+
+
 @contextmanager
-def network() -> Iterator[None]:
+def network(names: Iterable[str]) -> Iterator[None]:
     """A bridge, and a namespace for each host with one link to it."""
     made = []
     try:
         run("ip", "link", "add", BRIDGE, "type", "bridge")
         run("ip", "addr", "add", f"{OUTSIDE}/24", "dev", BRIDGE)
         run("ip", "link", "set", BRIDGE, "up")
-        for number, (name, address) in enumerate(ADDRESSES.items()):
+        for number, name in enumerate(names):
             run("ip", "netns", "add", name)
             made.append(name)
-            run("ip", "link", "add", f"rlhf{number}", "type", "veth", "peer", "name", "eth0", "netns", name)
-            run("ip", "link", "set", f"rlhf{number}", "master", BRIDGE, "up")
+            run("ip", "link", "add", link(number), "type", "veth", "peer", "name", "eth0", "netns", name)
+            run("ip", "link", "set", link(number), "master", BRIDGE, "up")
             inside = ("ip", "-n", name)
-            run(*inside, "addr", "add", f"{address}/24", "dev", "eth0")
+            run(*inside, "addr", "add", f"{address_of(number)}/24", "dev", "eth0")
             run(*inside, "link", "set", "eth0", "up")
             run(*inside, "link", "set", "lo", "up")
         yield
@@ -65,21 +74,21 @@ def network() -> Iterator[None]:
 
 
 @contextmanager
-def cluster(folder: Path) -> Iterator[None]:
-    """Ray on every host; the head first."""
+def cluster(folder: Path, roles: dict[str, str]) -> Iterator[list[int]]:
+    """Ray on every host, the head first; yields their processes when all have joined."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path}
     hosts: list[subprocess.Popen] = []
     try:
-        for name, role in ROLES.items():
+        for number, (name, role) in enumerate(roles.items()):
             # `ip` gives every command a view of the file system of its own.
             command = ["ip", "netns", "exec", name, "sh", "-ec", PRIVATE, "sh", f"{folder}/ray-{name}", f"{folder}/ray"]
             command += [str(Path(sys.executable).parent / "ray"), "start", "--block"]
-            command += [f"--node-ip-address={ADDRESSES[name]}", "--num-cpus=2", f"--labels=name={name},role={role}"]
+            command += [f"--node-ip-address={address_of(number)}", "--num-cpus=2", f"--labels=name={name},role={role}"]
             if name == "head":
                 command += ["--head", "--port=6379", "--dashboard-host=0.0.0.0", f"--temp-dir={folder}/ray"]
             else:
-                command += [f"--address={ADDRESSES['head']}:6379"]
+                command += [f"--address={HEAD}:6379"]
             command += [f"--object-store-memory={100 * 2**20}"]
             log = (folder / f"{name}.log").open("w")
             hosts.append(
@@ -87,7 +96,8 @@ def cluster(folder: Path) -> Iterator[None]:
             )
             if name == "head":
                 await_page(f"{DASHBOARD}/api/version")
-        yield
+        await_hosts(len(roles))
+        yield [host.pid for host in hosts]
     finally:
         for host in reversed(hosts):
             host.send_signal(signal.SIGTERM)
@@ -97,7 +107,7 @@ def cluster(folder: Path) -> Iterator[None]:
             except subprocess.TimeoutExpired:
                 os.killpg(host.pid, signal.SIGKILL)
         # What a raylet left behind lives in its namespace.
-        for name in ROLES:
+        for name in roles:
             for pid in run("ip", "netns", "pids", name).split():
                 os.kill(int(pid), signal.SIGKILL)
 
@@ -111,6 +121,19 @@ def await_page(url: str) -> None:
         except requests.RequestException:
             assert time.monotonic() < deadline, f"{url} does not answer"
             time.sleep(0.5)
+
+
+def await_hosts(count: int) -> None:
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import ServerUnavailable
+
+    deadline = time.monotonic() + 180
+    joined = 0
+    while joined < count:
+        assert time.monotonic() < deadline, f"{joined} of {count} hosts have joined"
+        time.sleep(1)
+        with suppress(requests.RequestException, ServerUnavailable):  # the dashboard still starts
+            joined = len(list_nodes(address=DASHBOARD, filters=[("state", "=", "ALIVE")]))
 
 
 def crossed(name: str) -> int:
@@ -142,21 +165,10 @@ def configuration(folder: Path, engines: dict[str, int]) -> Path:
 
 def main(out: Path, engines: dict[str, int]) -> None:
     from ray.util.state import list_actors, list_nodes
-    from ray.util.state.exception import ServerUnavailable
-
-    def joined() -> int:
-        try:
-            return len(list_nodes(address=DASHBOARD, filters=[("state", "=", "ALIVE")]))
-        except (requests.RequestException, ServerUnavailable):  # the dashboard still starts
-            return 0
 
     folder = Path(tempfile.mkdtemp(prefix="hosts", dir="/tmp"))
     try:
-        with network(), cluster(folder):
-            deadline = time.monotonic() + 180
-            while joined() < len(ROLES):
-                assert time.monotonic() < deadline, f"{joined()} of {len(ROLES)} hosts have joined"
-                time.sleep(1)
+        with network(ROLES), cluster(folder, ROLES):
             file = configuration(folder, engines)
             before = {name: crossed(name) for name in ROLES}
             command = [sys.executable, "-m", "rlhf_ray", "submit", str(file), "--address", DASHBOARD, "--name", "hosts"]

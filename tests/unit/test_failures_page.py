@@ -1,0 +1,21 @@
+"""docs/failures.md is what the results say, and the results are of the present cases."""
+
+import json
+import sys
+from pathlib import Path
+
+from test_performance_page import benchmark
+
+sys.path.extend(str(Path(__file__).resolve().parents[1] / name) for name in ("system", "chaos"))
+
+from chaos_cases import CASES
+
+
+def test_the_page_is_current():
+    module = benchmark("failures")
+    assert module.PAGE.read_text() == module.page(), "run python benchmarks/failures.py"
+
+
+def test_every_case_is_measured():
+    report = json.loads(benchmark("failures").RESULTS.read_text())
+    assert [(one["case"], one["happens"]) for one in report["cases"]] == [(one.name, one.happens) for one in CASES]
