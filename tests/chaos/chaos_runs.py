@@ -47,7 +47,7 @@ WORK = {
 # States of the driver in which an iteration is not finished.
 WITHIN_ITERATION = ("iteration", "wait", "generate", "advantages", "train", "transfer")
 LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) (WARNING|ERROR|CRITICAL) (rlhf_ray[\w.]*: .*)")
-HANDED_OVER = re.compile(r"(\d+) (?:responses|replies)")
+HANDED_OVER = re.compile(r"(\d+) responses go to")
 
 # Two engines, so that one can be missed. They sample four responses at a time, so that some are finished while others
 # are not; deadlines are short, and long enough for two cores that others use too.
