@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf_ray.errors import CheckpointError, shortened
+from rlhf_ray.runtime.chaos import reached
 from rlhf_ray.training.state import PATTERN
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Snapshot:
         try:
             if self.tensors:
                 save_file(self.tensors, state, self.metadata)
+            reached("writing a checkpoint")
             if self.common is not None:
                 (folder / COMMON).write_text(json.dumps(self.common))
             torch.save(self.random, random)

@@ -246,7 +246,9 @@ TRAINERS = [
         (killed("policy-0", "tokens", 6),),
     ),
     Case(
-        "policy-checkpoint", "the policy is killed while it writes a checkpoint", (killed("policy-0", "checkpoint", 2),)
+        "policy-checkpoint",
+        "the policy is killed while it writes a checkpoint",
+        (killed("policy-0", "writing a checkpoint", 2),),
     ),
     Case("policy-transfer", "the policy is killed while it sends weights", (killed("policy-0", "transfer", 3),)),
     Case("policy-hung", "the policy hangs in backward", (killed("policy-0", "backward", 4, action="stop"),), {}, HANGS),
@@ -295,11 +297,16 @@ NODES += [
 ]
 SURROUNDINGS = [
     Case(
+        "disk-full-once",
+        "a rank finds the disk full in the middle of a checkpoint",
+        (killed("policy-0", "writing a checkpoint", 2, action="no space"),),
+    ),
+    Case(
         "disk-full",
         "the disk of the checkpoints is full, until the command is given again",
         (Event("failure", "nobody", "nothing", victim="driver"),),  # `small_disk` says when it is
         starts=2,
-        around=partial(small_disk, mib=8),
+        around=partial(small_disk, mib=12),
     ),
     Case("object-store-full", "others have filled the object store", around=full_object_store),
     _of_function("hangs", "a reward function hangs"),

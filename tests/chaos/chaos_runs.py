@@ -46,7 +46,9 @@ WORK = {
 }
 # States of the driver in which an iteration is not finished.
 WITHIN_ITERATION = ("iteration", "wait", "generate", "advantages", "train", "transfer")
-LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) (WARNING|ERROR|CRITICAL) (rlhf_ray[\w.]*: .*)")
+LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) ([A-Z]+) (rlhf_ray[\w.]*: .*)")
+# Of the supervisor, which says of every process what becomes of it.
+NOTICED = re.compile(r"\b(dead|died|suspect|no sign)\b")
 HANDED_OVER = re.compile(r"(\d+) responses go to")
 
 # Two engines, so that one can be missed. They sample four responses at a time, so that some are finished while others
@@ -340,7 +342,7 @@ def warnings_of(run: Path) -> list[tuple[float, str]]:
     return [
         (time.mktime(time.strptime(line[1], "%Y-%m-%d %H:%M:%S")) + int(line[2]) / 1000, line[4])
         for line in lines
-        if line
+        if line and (line[3] in ("WARNING", "ERROR", "CRITICAL") or NOTICED.search(line[4]))
     ]
 
 
