@@ -11,7 +11,6 @@ undisturbed one. A result is written after each case, in place of an older one o
 import argparse
 import json
 import os
-import shlex
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from chaos_runs import Runs
 from rlhf_ray.bench.report import circumstances, write
 
 # What is kept of a run.
-KEPT = ("exit_codes", "took_s", "undisturbed_s", "lost_s", "iterations_again", "responses_again", "events", "equal")
+KEPT = ("exit_codes", "loop_s", "undisturbed_s", "lost_s", "iterations_again", "responses_again", "events", "equal")
 
 
 def main() -> int:
@@ -40,7 +39,7 @@ def main() -> int:
     arguments = parser.parse_args()
     about = circumstances([]) | {
         "cores": os.cpu_count(),
-        "command": shlex.join(["python", "-m", "benchmarks.chaos", *sys.argv[1:]]),
+        "command": f"python -m benchmarks.chaos --runs {arguments.runs}",
     }
     del about["hardware"]
     wrong = 0
@@ -52,7 +51,7 @@ def main() -> int:
                 continue
             found = []
             for _ in range(arguments.runs):
-                found.append(_kept(runs.run(case)))
+                found.append(_kept(runs.run(case), folder))
                 print(_line(case.name, found[-1]), flush=True)
                 wrong += bool(found[-1]["problems"])
             if arguments.out:
@@ -61,12 +60,12 @@ def main() -> int:
     return int(wrong > 0)
 
 
-def _kept(found: dict[str, Any]) -> dict[str, Any]:
-    """A run's result as it is stored."""
+def _kept(found: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A run's result as it is stored, without the folder that it was in."""
     kept = {name: found[name] for name in KEPT} | {"rewards": found["rewards"], "problems": found["problems"]}
     for event in kept["events"]:
         event.pop("time", None)
-    return json.loads(json.dumps(kept))
+    return json.loads(json.dumps(kept).replace(f"{folder}/", ""))
 
 
 def _line(name: str, found: dict[str, Any]) -> str:

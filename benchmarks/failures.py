@@ -20,21 +20,23 @@ meant to happen, the table what did.
 ## The failure model
 
 * **Every wait has a deadline and an owner.** Nobody waits for an actor longer than ten times what the same phase took
-  of late, between `run.min_timeout_s` and `run.timeout_s`. Death is noticed when the process ends; a hang is noticed at
-  the deadline, and leaves a report in `stalls/` of the run directory.
-* **Infrastructure is replaced, data is reported.** A process that died or hangs is started again, on the budget of
-  `run.restarts`. A reward function that raises, hangs or returns no number is a matter of the data: `on_error` of that
-  function says whether its responses are left out or the run ends, and it is not simply tried again.
-* **An engine** that dies or hangs owes responses; the other engines sample them, with the same seeds, so that the
-  responses are the same. Its successor serves only after a whole transfer of weights and a probe that agrees.
-* **A reference or reward process** is started again from its weights, and its batch is sent again.
+  of late, between `run.min_timeout_s` and `run.timeout_s`. One supervisor watches all processes: a death is noticed
+  within seconds, whether anything was asked of the process or not; a process that gives no sign is suspect after 5 s
+  and ended after `run.min_timeout_s`, with a report in `stalls/` of the run directory. So a hang becomes a death.
+* **Infrastructure is replaced, data is reported.** What died is started again, three times without an iteration in
+  between, then the run ends with exit code 3. A reward function that raises, hangs or returns no number is a matter of
+  the data: `on_error` of that function says whether its responses are left out or the run ends.
+* **An engine** owes responses when it dies; the other engines sample them with the same seeds, so that they are the
+  same responses, or its successor does where it was the only one. The successor serves after a whole transfer of
+  weights and a probe that agrees. A transfer that is broken off begins again with those that live.
+* **A reference or reward process** is started again from its weights, and gets what it owed once more.
 * **A rank of a trainer** takes its group's state with it: all groups start again from the newest whole checkpoint, or
   from the beginning where there is none.
-* **The driver** keeps nothing that is not in the run directory. The same command continues from the newest checkpoint,
-  and its old processes end with the old driver.
+* **The driver** keeps nothing that is not in the run directory. The same command continues from the newest checkpoint;
+  the old processes end with the old driver.
 * **A node** is all of the above at once.
-* **A checkpoint** is whole or not there: it is written aside, sealed with checksums, and renamed. A disk that is full
-  leaves the older ones as they were.
+* **A checkpoint** is whole or not there: it is written aside, sealed with checksums, and renamed. On a disk that is
+  full the run goes on with the older ones and a warning; the last one must be written, or the run ends with an error.
 * **In synchronous mode** (`ppo.max_staleness: 0`) none of this shows in the numbers: metrics, samples and weights are
   those of a run to which nothing happened, bit for bit, and `rlhf-ray verify` finds every prompt drawn as often as it
   should be, every token from the right weights, and every checkpoint whole.

@@ -124,6 +124,7 @@ class RolloutEngine:
                 self._engine = InProcessEngine(args, loggers)
             else:
                 self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args), stat_loggers=loggers)
+        reached("up")
 
     async def ready(self) -> bool:
         """Answers once the engine is up, and as long as it is; this process ends where vLLM's own has died."""

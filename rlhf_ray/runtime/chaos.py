@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 CHAOS = "RLHF_RAY_CHAOS"
 HAPPENED = ".happened"
+LONGEST_HOLD_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,21 @@ class Event:
         state: the state.
         count: how often that process has reached the state by then.
         action: "kill" and "stop" are the signals; "kill node" kills the raylet that started the victim, and all that it
-            started; "no space" raises what a full disk raises, in the process that reached the state; "mark" does
-            nothing, for somebody else who watches.
+            started; "no space" raises what a full disk raises, in the process that reached the state; "hold" keeps
+            that process in its state until another event has happened; "mark" does nothing, for whoever watches.
         victim: the process that is struck, on the same host; None is the one that reached the state.
         after: an event that must have happened before; occasions are counted from then on.
+        until: the event that ends a "hold".
     """
 
     name: str
     actor: str
     state: str
     count: int = 1
-    action: Literal["kill", "stop", "kill node", "no space", "mark"] = "kill"
+    action: Literal["kill", "stop", "kill node", "no space", "hold", "mark"] = "kill"
     victim: str | None = None
     after: str | None = None
+    until: str | None = None
 
 
 def write_plan(path: Path, run_dir: Path, events: list[Event]) -> dict[str, str]:
@@ -124,6 +127,10 @@ class _Plan:
             _kill_node(process)
         elif event.action == "no space":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        elif event.until is not None:
+            deadline = time.monotonic() + LONGEST_HOLD_S
+            while not self._file(event.until).exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
 
     def _process_of(self, actor: str) -> int:
         from rlhf_ray.tracking.activity import NOW, TRACE

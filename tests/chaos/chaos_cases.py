@@ -170,7 +170,6 @@ def hosts(folder: Path, *, cut_for_s: float) -> Iterator[Place]:
 # ---- cases
 
 RANKS = {"policy": {"processes": 2, "cpus": 0.25}}
-ONE_ENGINE = {"rollout": {"engines": 1}}
 HANGS = {"run": {"min_timeout_s": 10.0}}
 
 
@@ -185,28 +184,46 @@ def _of_function(name: str, happens: str) -> Case:
     return Case(f"function-{name}", happens, (event,), only_here=_function(name), equal=False)
 
 
+def _back(engine: str, after: str = "failure") -> tuple[Event, Event]:
+    """Before the fourth iteration the loop waits for the engine's successor, which takes longer than all iterations."""
+    return (
+        Event("up", engine, "up", action="mark", after=after),
+        Event("held", "driver", "iteration", 4, action="hold", until="up"),
+    )
+
+
+def _of_engine(name: str, happens: str, failure: Event, **more: Any) -> Case:
+    return Case(f"engine-{name}", happens, (failure, *_back(failure.victim or failure.actor)), **more)
+
+
 ENGINES = [
-    Case("engine-idle", "an engine is killed while it is idle", (killed("driver", "train", 2, victim="rollout-1"),)),
-    Case("engine-generating", "an engine is killed while it samples", (killed("rollout-1", "tokens", 4),)),
-    Case(
-        "engine-only", "the only engine is killed while it samples", (killed("rollout-0", "tokens", 4),), {}, ONE_ENGINE
-    ),
-    Case("engine-transfer", "an engine is killed while it takes new weights", (killed("rollout-1", "receiving", 3),)),
-    Case("engine-start", "an engine is killed while the run starts", (killed("rollout-1", "start-up", 1),)),
+    _of_engine("idle", "an engine is killed while it is idle", killed("driver", "train", 2, victim="rollout-1")),
+    _of_engine("generating", "an engine is killed while it samples", killed("rollout-1", "tokens", 4)),
+    _of_engine("transfer", "an engine is killed while it takes new weights", killed("rollout-1", "receiving", 3)),
+    _of_engine("start", "an engine is killed while the run starts", killed("rollout-1", "start-up", 1)),
     Case(
         "engine-successor",
         "an engine is killed while it samples, and its successor while it starts",
-        (killed("rollout-1", "tokens", 2), killed("rollout-1", "start-up", 1, "second failure", after="failure")),
+        (
+            killed("rollout-1", "tokens", 2),
+            killed("rollout-1", "start-up", 1, "second failure", after="failure"),
+            *_back("rollout-1", after="second failure"),
+        ),
     ),
     Case(
-        "engine-hung", "an engine hangs while it samples", (killed("rollout-1", "tokens", 6, action="stop"),), {}, HANGS
+        "engine-only",
+        "the only engine is killed while it samples",
+        (killed("rollout-0", "tokens", 4),),
+        only_here={"rollout": {"engines": 1}},
     ),
-    Case(
-        "engine-hung-transfer",
+    _of_engine(
+        "hung", "an engine hangs while it samples", killed("rollout-1", "tokens", 5, action="stop"), only_here=HANGS
+    ),
+    _of_engine(
+        "hung-transfer",
         "an engine hangs while it takes new weights",
-        (killed("rollout-1", "receiving", 4, action="stop"),),
-        {},
-        HANGS,
+        killed("rollout-1", "receiving", 3, action="stop"),
+        only_here=HANGS,
     ),
 ]
 SCORERS = [
@@ -216,8 +233,7 @@ SCORERS = [
         "reference-hung",
         "the reference hangs in a forward pass",
         (killed("reference-0", "log-probabilities", 3, action="stop"),),
-        {},
-        HANGS,
+        only_here=HANGS,
     ),
     Case(
         "engine-and-reference",

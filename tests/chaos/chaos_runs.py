@@ -44,6 +44,7 @@ WORK = {
     "reward": "scores",
     "driver": "iteration",
 }
+HELPERS = ("mark", "hold")  # what strikes nobody
 # States of the driver in which an iteration is not finished.
 WITHIN_ITERATION = ("iteration", "wait", "generate", "advantages", "train", "transfer")
 LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) ([A-Z]+) (rlhf_ray[\w.]*: .*)")
@@ -116,9 +117,9 @@ class Runs:
         expected = self.undisturbed(case)
         count = sum(1 for _ in self._folder.glob(f"{case.name}.*"))
         found = self._make(case, self._folder / f"{case.name}.{count}")
-        found |= {"equal": differences(expected["config"], found["config"]), "lost_s": found["took_s"]}
-        found["lost_s"] -= expected["took_s"]
-        found["undisturbed_s"] = expected["took_s"]
+        found["equal"] = differences(expected["config"], found["config"])
+        found["undisturbed_s"] = expected["loop_s"]
+        found["lost_s"] = found["loop_s"] - expected["loop_s"]
         found["rewards"] = [*learned(expected["config"]), *learned(found["config"])]
         found["problems"] = problems(case, found)
         return found
@@ -150,14 +151,12 @@ class Runs:
         file.write_text(dump_config(config))
         environment = write_plan(folder / "plan.json", Path(config.run.dir), list(case.events))
         ends: list[tuple[float, int | None]] = []
-        began = time.time()
         around = case.around(folder) if case.around else nullcontext(Place())
         with around as place, _ended_at_last(environment[CHAOS]):
             for start in range(case.starts):
                 ends.append(_command(file, environment, place, folder / f"output-{start}.txt"))
                 if ends[-1][1] in (0, None):
                     break
-            took = time.time() - began
             left = _left(environment[CHAOS])
             if "RAY_ADDRESS" in place.environment:
                 left += _held(place)
@@ -167,11 +166,15 @@ class Runs:
             "happens": case.happens,
             "config": config,
             "exit_codes": [code for _, code in ends],
-            "took_s": took,
+            "loop_s": _loop_s(case, folder, Path(config.run.dir)),
             "output": outputs[-1].read_text()[-3000:],
             "left": left,
             "findings": [f"{one.subject}: {one.problem}" for one in verify(Path(config.run.dir)) if one.problem],
-            "events": [_event(event, folder, Path(config.run.dir), [at for at, _ in ends]) for event in case.events],
+            "events": [
+                _event(event, folder, Path(config.run.dir), [at for at, _ in ends])
+                for event in case.events
+                if event.action not in HELPERS
+            ],
             **_repeated(case, folder, Path(config.run.dir)),
         }
 
@@ -356,6 +359,20 @@ def spans_of(run: Path, actor: str) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def _loop_s(case: Case, folder: Path, run: Path) -> float:
+    """Seconds from the first iteration's beginning to the last one's end, without those that the plan held the loop."""
+    iterations = [row for row in spans_of(run, "driver") if row["name"] == "iteration"]
+    if not iterations:
+        return math.nan
+    held = 0.0
+    for event in case.events:
+        files = [folder / f"{name}{HAPPENED}" for name in (event.name, event.until)]
+        if event.action == "hold" and all(file.is_file() for file in files):
+            begun, ended = (json.loads(file.read_text())["time"] for file in files)
+            held += max(0.0, ended - begun)
+    return max(row["end"] for row in iterations) - min(row["start"] for row in iterations) - held
 
 
 def _repeated(case: Case, folder: Path, run: Path) -> dict[str, int]:

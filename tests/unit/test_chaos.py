@@ -68,6 +68,20 @@ def test_occasions_are_counted_from_the_event_before_on(act):
     assert act("driver", STEPS, *events) == (KILLED, "0\n1\n2\n")
 
 
+def test_a_process_is_held_in_its_state_until_another_event(act, tmp_path: Path):
+    script = f"""
+        import pathlib, threading
+        threading.Timer(0.5, reached, ["other"]).start()
+        reached("step")
+        print(pathlib.Path({str(tmp_path)!r}, "awaited{HAPPENED}").exists())
+    """
+    events = [
+        Event("held", "driver", "step", action="hold", until="awaited"),
+        Event("awaited", "driver", "other", action="mark"),
+    ]
+    assert act("driver", script, *events) == (0, "True\n")
+
+
 def test_a_full_disk_is_an_error_of_the_operating_system(act):
     script = "try: reached('step')\nexcept OSError as error: print(error.errno)\nreached('step')"
     assert act("driver", script, Event("full", "driver", "step", action="no space")) == (0, f"{errno.ENOSPC}\n")

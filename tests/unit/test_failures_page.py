@@ -16,6 +16,8 @@ def test_the_page_is_current():
     assert module.PAGE.read_text() == module.page(), "run python benchmarks/failures.py"
 
 
-def test_every_case_is_measured():
+def test_the_results_are_of_the_present_cases():
     report = json.loads(benchmark("failures").RESULTS.read_text())
-    assert [(one["case"], one["happens"]) for one in report["cases"]] == [(one.name, one.happens) for one in CASES]
+    present = [(case.name, case.happens) for case in CASES]
+    measured = [(one["case"], one["happens"]) for one in report["cases"]]
+    assert [one for one in present if one in measured] == measured != []
