@@ -92,7 +92,7 @@ class Supervisor:
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
-        self._thread.join()
+        self._thread.join(GONE_TIMEOUT_S)
 
     def watch(self, name: str, actor: Any, *, engine: bool = False, lost: Lost | None = None) -> None:
         """Watch a process that was just started, or the successor of one that died.
