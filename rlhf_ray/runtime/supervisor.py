@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import psutil
 import ray
+from ray._private.state import actors
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -161,8 +162,8 @@ class Supervisor:
             return
         if told["host"] == socket.gethostname():
             _signal(told["process"], name)
-        elif told.get("node"):
-            there = NodeAffinitySchedulingStrategy(told["node"], soft=False)
+        elif node := _node_of(actor):
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
             ray.remote(_signal).options(num_cpus=0, scheduling_strategy=there).remote(told["process"], name)
 
     def end(self, name: str, actor: Any) -> None:
@@ -279,6 +280,12 @@ def free_name(name: str) -> str:
         except ValueError:
             return candidate
     raise AssertionError
+
+
+def _node_of(actor: Any) -> str | None:
+    """The identity of the node that an actor runs on, or ran on; None where it got none."""
+    address = actors(actor._actor_id.hex()).get("Address", {})
+    return address.get("NodeID") or None
 
 
 def _signal(process: int, name: str) -> None:

@@ -82,7 +82,6 @@ class Activity:
         self._busy_from = self._right_until = self._last_tokens = time.monotonic()
         self._tokens = 0
         self._now: dict[str, Any] = {}  # last value of each metric
-        self._where = _WHERE | ({"node": ray.get_runtime_context().get_node_id()} if ray.is_initialized() else {})
         self._set("rlhf_state", STATE_VALUES["idle"])
         self._closed = threading.Event()
         if run_dir is not None:
@@ -176,7 +175,7 @@ class Activity:
             with self._lock:
                 self._catch_up()
                 name, since = (self._open[-1].name, self._open[-1].start) if self._open else ("idle", self._since)
-                now = {"doing": name, "since": since, "told": time.time(), **self._where, **self._now}
+                now = {"doing": name, "since": since, "told": time.time(), **_WHERE, **self._now}
             with suppress(OSError):  # the directory is gone, or its disk is full: the run itself will say so
                 temporary = file.with_name(f".{file.name}.tmp")
                 temporary.write_text(json.dumps(now) + "\n", encoding="utf-8")

@@ -2,12 +2,14 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -144,6 +146,19 @@ def test_a_process_that_is_stopped_for_a_while_goes_on(supervisor: Supervisor, r
     supervisor.check()
     supervisor.retire("paused-0")
     supervisor.end("paused-0", actor)
+
+
+def test_a_process_of_another_host_gets_its_signal_there(
+    supervisor: Supervisor, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    actor, process = start(run_dir, "far-0")
+    os.kill(process, signal.SIGSTOP)  # so that Ray's own way does nothing
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    supervisor.end("far-0", actor)
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_process_that_works_for_long_without_an_answer_is_left_alone(supervisor: Supervisor, run_dir: Path):
