@@ -332,8 +332,9 @@ def _event(event: Event, folder: Path, run: Path, ends: list[float]) -> dict[str
     ]
     if again:
         found["recovered_s"] = min(again) - at
-    finished = [row["end"] for row in spans_of(run, "driver") if row["name"] == "iteration" and row["end"] >= at]
-    if finished:
+    # An iteration that was broken off is begun again, and its last span is the one that counts.
+    ends_of = {row["iteration"]: row["end"] for row in spans_of(run, "driver") if row["name"] == "iteration"}
+    if finished := [end for end in ends_of.values() if end >= at]:
         found["next_iteration_s"] = min(finished) - at
     return found
 
