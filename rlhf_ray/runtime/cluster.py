@@ -5,10 +5,12 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
+from rlhf_ray.errors import ResourceError
 from rlhf_ray.runtime import chaos
 from rlhf_ray.runtime.ports import check_port_of_head
 from rlhf_ray.runtime.reach import check_reachable, explained
@@ -29,8 +31,8 @@ def connection(address: str | None = None, asked: str = "run.ray_address") -> It
         asked: what gave the address, for errors.
 
     Raises:
-        ResourceError: no cluster answers at the address, it refuses this process, or has other versions; or the port
-            that a new one is to have is in use.
+        ResourceError: no cluster answers at the address, it refuses this process, or has other versions; or a new one
+            does not start, or the port that it is to have is in use.
     """
     if ray.is_initialized():
         yield
@@ -41,7 +43,7 @@ def connection(address: str | None = None, asked: str = "run.ray_address") -> It
         _join(address, asked)
     else:
         check_port_of_head()
-        ray.init(
+        _start(
             "local",  # a cluster that `ray start` left on this machine would be joined otherwise
             include_dashboard=False,
             log_to_driver=False,
@@ -55,6 +57,17 @@ def connection(address: str | None = None, asked: str = "run.ray_address") -> It
         yield
     finally:
         ray.shutdown()
+
+
+def _start(address: str, **options: Any) -> None:
+    try:
+        ray.init(address, **options)
+    except Exception as error:  # Ray raises nothing more special where a process of its own is too slow
+        ray.shutdown()
+        raise ResourceError(
+            f"Ray could not be started on this machine: {error}. Where other work keeps all cores busy, wait for it and "
+            "give the same command again; Ray's own logs are in /tmp/ray/session_latest/logs"
+        ) from error
 
 
 def _join(address: str, asked: str) -> None:
