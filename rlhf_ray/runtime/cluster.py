@@ -65,8 +65,8 @@ def _start(address: str, **options: Any) -> None:
     except Exception as error:  # Ray raises nothing more special where a process of its own is too slow
         ray.shutdown()
         raise ResourceError(
-            f"Ray could not be started on this machine: {error}. Where other work keeps all cores busy, wait for it and "
-            "give the same command again; Ray's own logs are in /tmp/ray/session_latest/logs"
+            f"Ray could not be started on this machine: {error}. Where other work keeps all cores busy, wait for it "
+            "and give the same command again; Ray's own logs are in /tmp/ray/session_latest/logs"
         ) from error
 
 
