@@ -174,7 +174,7 @@ HANGS = {"run": {"min_timeout_s": 10.0}}
 
 
 def _function(name: str) -> dict[str, dict[str, Any]]:
-    item = {"path": f"chaos_rewards:{name}", "timeout_s": SHORT_LIMIT_S, "on_error": "exclude"}
+    item = {"path": f"chaos_rewards:{name}", "timeout_s": SHORT_LIMIT_S, "min_scored": 0.01}
     return {"reward": {"functions": [item]}}
 
 
