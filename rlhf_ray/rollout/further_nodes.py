@@ -16,6 +16,7 @@ import ray
 from rlhf_ray.runtime.cores import bind_to_cores
 from rlhf_ray.runtime.interface import choose_interface
 from rlhf_ray.runtime.ports import held_port
+from rlhf_ray.runtime.remote import free_name
 from rlhf_ray.tracking.activity import activity
 from rlhf_ray.tracking.logs import setup_actor_logging
 
@@ -55,7 +56,10 @@ class FurtherNodes:
             args = self._args | {"nnodes": 1 + len(self._places), "master_addr": host, "master_port": port}
             # vLLM's own all-reduce would look for all ranks among the GPUs of this actor, where nodes are one machine.
             args["disable_custom_all_reduce"] = True
-            self._actors = [ray.remote(NodeOfEngine).options(**place).remote() for place in self._places]
+            self._actors = [
+                ray.remote(NodeOfEngine).options(**place | {"name": free_name(place["name"])}).remote()
+                for place in self._places
+            ]
             work = [actor.work.remote(args | {"node_rank": 1 + i}) for i, actor in enumerate(self._actors)]
             Thread(target=self._end_with_others, args=(work,), name="end with other nodes", daemon=True).start()
             yield args | {"node_rank": 0}

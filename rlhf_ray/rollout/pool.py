@@ -20,8 +20,8 @@ from rlhf_ray.packing import Sequence as PackedSequence
 from rlhf_ray.placement.groups import Placement
 from rlhf_ray.rollout.engine import EngineSpec, RolloutEngine, SampleRequest
 from rlhf_ray.runtime.lifecycle import Event
-from rlhf_ray.runtime.remote import START_TIMEOUT_S, Answer, get
-from rlhf_ray.runtime.supervisor import Supervisor, free_name
+from rlhf_ray.runtime.remote import START_TIMEOUT_S, Answer, free_name, get
+from rlhf_ray.runtime.supervisor import Supervisor
 from rlhf_ray.tracking.status import forget
 from rlhf_ray.training.group import TrainerGroup
 from rlhf_ray.trajectory import Trajectory

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import ray
@@ -63,6 +64,17 @@ def get(ref: Any, what: str, timeout_s: float) -> Any:
         ) from None
     except RayError as error:
         raise EngineError(f"{what}: {error}") from error
+
+
+def free_name(name: str) -> str:
+    """The name for an actor, with a number where another still has it: Ray gives names free some time after a death."""
+    for number in count():
+        candidate = f"{name}.{number}" if number else name
+        try:
+            ray.get_actor(candidate)
+        except ValueError:
+            return candidate
+    raise AssertionError
 
 
 def _death(refs: list[Any]) -> RayError | None:

@@ -9,13 +9,11 @@ from both.
 
 import json
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -157,14 +155,12 @@ class Supervisor:
         """
         with suppress(RayError):
             ray.kill(actor)
-        told = self._told(name)
-        if told is None:
-            return
-        if told["host"] == socket.gethostname():
-            _signal(told["process"], name)
-        elif node := _node_of(actor):
-            there = NodeAffinitySchedulingStrategy(node, soft=False)
-            ray.remote(_signal).options(num_cpus=0, scheduling_strategy=there).remote(told["process"], name)
+            process, node = _place_of(actor)
+            if node == _own_node():
+                _signal(process, name)
+            elif node:
+                there = NodeAffinitySchedulingStrategy(node, soft=False)
+                ray.remote(_signal).options(num_cpus=0, scheduling_strategy=there).remote(process, name)
 
     def end(self, name: str, actor: Any) -> None:
         """As `kill`, and wait until it is gone."""
@@ -271,21 +267,14 @@ def supervisor_of(run: RunSection, logs: Path) -> Supervisor:
     return Supervisor(logs.parent, patience_of(run))
 
 
-def free_name(name: str) -> str:
-    """The name for an actor, with a number where another still has it: Ray gives names free some time after a death."""
-    for number in count():
-        candidate = f"{name}.{number}" if number else name
-        try:
-            ray.get_actor(candidate)
-        except ValueError:
-            return candidate
-    raise AssertionError
+def _place_of(actor: Any) -> tuple[int, str]:
+    """The number of an actor's process and the identity of its node, as Ray's head knows them; 0 and "" before."""
+    about = actors(actor._actor_id.hex())
+    return about.get("Pid", 0), about.get("Address", {}).get("NodeID", "")
 
 
-def _node_of(actor: Any) -> str | None:
-    """The identity of the node that an actor runs on, or ran on; None where it got none."""
-    address = actors(actor._actor_id.hex()).get("Address", {})
-    return address.get("NodeID") or None
+def _own_node() -> str:
+    return ray.get_runtime_context().get_node_id()
 
 
 def _signal(process: int, name: str) -> None:

@@ -19,8 +19,8 @@ from rlhf_ray.models.reading import StateValues
 from rlhf_ray.names import on_disk
 from rlhf_ray.packing import Sequence
 from rlhf_ray.placement.groups import Placement
-from rlhf_ray.runtime.remote import START_TIMEOUT_S, get
-from rlhf_ray.runtime.supervisor import Supervisor, free_name
+from rlhf_ray.runtime.remote import START_TIMEOUT_S, free_name, get
+from rlhf_ray.runtime.supervisor import Supervisor
 from rlhf_ray.scoring.actors import (
     Completion,
     ModelSpec,

@@ -15,8 +15,8 @@ from rlhf_ray.packing import PackedBatch, Sequence, pack, partition
 from rlhf_ray.placement.groups import Placement
 from rlhf_ray.runtime.lifecycle import Event, State
 from rlhf_ray.runtime.patience import Patience
-from rlhf_ray.runtime.remote import START_TIMEOUT_S, Answer, get
-from rlhf_ray.runtime.supervisor import Supervisor, free_name
+from rlhf_ray.runtime.remote import START_TIMEOUT_S, Answer, free_name, get
+from rlhf_ray.runtime.supervisor import Supervisor
 from rlhf_ray.training.actor import TrainerActor
 from rlhf_ray.training.snapshot import all_written
 from rlhf_ray.training.trainer import Objective, Reader, TrainerSpec

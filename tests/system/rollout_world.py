@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,15 @@ class World:
         """All responses, in the order of the requests."""
         by_name = {(t.uid, t.sample): t for finished in self.pool.generate(requests) for t in finished}
         return [by_name[request.uid, request.sample] for request in requests]
+
+    def sample_with_successor(self, requests: list[SampleRequest]) -> list[Trajectory]:
+        """As `sample`, of the only engine, which dies meanwhile: its successor gets the weights as soon as it is up."""
+        with ThreadPoolExecutor() as threads:
+            sampled = threads.submit(self.sample, requests)
+            while not wait([sampled], 0.2).done:
+                if self.pool.wants_weights:
+                    self.transfer()
+            return sampled.result()
 
     def trainer_logprobs(self, trajectories: list[Trajectory], temperature: float = 1.0) -> list[Tensor]:
         return self.trainer.forward(list(map(response_sequence, trajectories)), TokenLogprobs(temperature)).result()

@@ -39,7 +39,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlhf_ray.errors import EngineError
 from rlhf_ray.packing import Sequence
 from rlhf_ray.rollout.engine import SampleRequest
-from rlhf_ray.runtime.remote import START_TIMEOUT_S
 from rlhf_ray.trajectory import Trajectory
 
 pytestmark = pytest.mark.system
@@ -343,7 +342,7 @@ def test_what_an_engine_that_leaves_has_not_answered_the_others_answer(tied: Wor
     assert [by_name[t.uid, t.sample] for t in expected] == [t.response_ids.tolist() for t in expected]
 
 
-def test_an_engine_ends_when_a_step_of_vllm_fails(tied: World):
+def test_an_engine_ends_when_a_step_of_vllm_fails_and_its_successor_answers(tied: World):
     def break_step(actor: Any) -> None:
         def fail() -> None:
             raise MemoryError("no room for the step")
@@ -352,8 +351,9 @@ def test_an_engine_ends_when_a_step_of_vllm_fails(tied: World):
 
     (engine,) = tied.pool.engines
     ray.get(engine.__ray_call__.remote(break_step))
-    with pytest.raises(EngineError, match="It was the last engine that served"):
-        list(tied.pool.generate(requests_of(2, max_new_tokens=5)))
+    trajectories = tied.sample_with_successor(requests_of(2, max_new_tokens=5))
+    assert largest_difference(trajectories, tied.trainer_logprobs(trajectories)) < TOLERANCE
+    assert tied.pool.engines != [engine]
 
 
 def test_an_engine_ends_with_all_its_processes_when_the_workers_of_its_other_node_do(partitioned: World):
@@ -362,8 +362,8 @@ def test_an_engine_ends_with_all_its_processes_when_the_workers_of_its_other_nod
     of_engine = processes_of(logs).keys() - trainers
     assert len(of_engine) >= 5  # two actors, vLLM's engine and two workers
     ray.kill(ray.get_actor(f"{Path(logs).name}-rollout-0-part-1"))
-    with pytest.raises(EngineError, match="It was the last engine that served"):
-        list(partitioned.pool.generate(requests_of(24, max_new_tokens=180)))
+    trajectories = partitioned.sample_with_successor(requests_of(24, max_new_tokens=180))
+    assert largest_difference(trajectories, partitioned.trainer_logprobs(trajectories)) < TOLERANCE
     deadline = time.monotonic() + 30
     while of_engine & processes_of(logs).keys():
         assert time.monotonic() < deadline, processes_of(logs)
@@ -372,13 +372,10 @@ def test_an_engine_ends_with_all_its_processes_when_the_workers_of_its_other_nod
 
 def test_its_successor_serves_and_ends_when_vllms_own_process_does(partitioned: World):
     """vLLM's workers of tensor-parallel engines are in processes of their own, with one between."""
-    ((_, up),) = partitioned.pool._joining.values()
-    ray.get(up, timeout=START_TIMEOUT_S)
-    partitioned.transfer()
     assert_sampled_from_the_trainers_weights(partitioned)
     logs = str(partitioned.pool._placement.logs)
     (own,) = [pid for pid, name in processes_of(logs).items() if "EngineCore" in name]
     os.kill(own, signal.SIGKILL)
     time.sleep(1)  # nobody asks anything of it meanwhile
-    with pytest.raises(EngineError, match="It was the last engine that served"):
-        partitioned.transfer()
+    partitioned.transfer()  # to the successor, once it is up
+    assert_sampled_from_the_trainers_weights(partitioned)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,11 +13,12 @@ import pytest
 import ray
 
 from rlhf_ray.errors import ActorDied, Stalled
+from rlhf_ray.runtime import supervisor as supervisor_module
 from rlhf_ray.runtime.cluster import actor_environment
 from rlhf_ray.runtime.lifecycle import Event, State
 from rlhf_ray.runtime.patience import Patience
-from rlhf_ray.runtime.remote import get
-from rlhf_ray.runtime.supervisor import Supervisor, free_name
+from rlhf_ray.runtime.remote import free_name, get
+from rlhf_ray.runtime.supervisor import Supervisor
 from rlhf_ray.tracking.activity import Activity, activity
 from rlhf_ray.tracking.logs import ACTOR, LOGS
 
@@ -153,7 +153,7 @@ def test_a_process_of_another_host_gets_its_signal_there(
 ):
     actor, process = start(run_dir, "far-0")
     os.kill(process, signal.SIGSTOP)  # so that Ray's own way does nothing
-    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    monkeypatch.setattr(supervisor_module, "_own_node", lambda: "another")
     supervisor.end("far-0", actor)
     deadline = time.monotonic() + 30
     while psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
