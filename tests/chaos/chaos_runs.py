@@ -383,6 +383,7 @@ def _repeated(case: Case, folder: Path, run: Path) -> dict[str, int]:
         event
         for event in case.events
         if (event.victim or event.actor) == "driver"
+        and event.action == "kill"
         and event.state in WITHIN_ITERATION
         and (folder / f"{event.name}{HAPPENED}").exists()
     ]
