@@ -225,9 +225,10 @@ class RolloutEngine:
     # The four calls of vLLM's weight-transfer protocol, driven by the trainer's sender.
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Connect to the trainer."""
+        """Connect to the trainer. An update that broke off with the connection before is closed."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
+        await self._engine.collective_rpc("abandon_weight_update")
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def start_weight_update(self) -> None:

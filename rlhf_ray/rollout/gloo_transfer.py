@@ -261,9 +261,15 @@ class GlooTrainerTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]
             outgoing.wait()
 
     def _update_engines(self, update: dict[str, Any]) -> None:
-        self.client.start_weight_update()
-        self.client.update_weights(update)
-        self.client.finish_weight_update()
+        shared = self._shared
+        try:
+            self.client.start_weight_update()
+            self.client.update_weights(update)
+            self.client.finish_weight_update()
+        except BaseException:
+            if shared is not None:
+                shared.interrupt()  # the sender waits for workers that read nothing
+            raise
 
     def shutdown(self) -> None:
         """Drop the connections and stop listening."""

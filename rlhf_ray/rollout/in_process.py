@@ -157,6 +157,10 @@ class InProcessEngine:
         await self._on_worker("finish_weight_update")
         await self._call(self._core.set_weight_version, weight_version)
 
+    async def collective_rpc(self, method: str) -> None:
+        """As `AsyncLLM`."""
+        await self._on_worker(method)
+
     async def _on_worker(self, method: str, **kwargs: Any) -> None:
         await self._call(self._core.collective_rpc, method, kwargs=kwargs)
 

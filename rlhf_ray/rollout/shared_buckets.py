@@ -12,6 +12,7 @@ import secrets
 import socket
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Self
 
 import torch
@@ -92,6 +93,12 @@ class SharingSender:
         """
         for worker in self._workers:
             _expect_byte(worker, WORKER)
+
+    def interrupt(self) -> None:
+        """From another thread: whoever waits for a worker fails at once."""
+        for worker in self._workers:
+            with suppress(OSError):  # it is closed already
+                worker.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """End the connections; workers that wait for a bucket fail at once."""

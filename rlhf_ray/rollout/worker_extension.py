@@ -10,6 +10,7 @@ import select
 import signal
 from contextlib import suppress
 from threading import Thread
+from typing import Any
 
 from rlhf_ray.rollout import gloo_transfer
 from rlhf_ray.rollout.further_nodes import ACTOR_PROCESS
@@ -40,4 +41,13 @@ _end_with_actor()
 
 
 class WorkerExtension:
-    """Adds nothing to vLLM's worker; it exists so that this module is imported there."""
+    """What vLLM's worker has besides its own; it exists also so that this module is imported there."""
+
+    _weight_update_active: bool  # vLLM's own
+    weight_transfer_engine: Any
+
+    def abandon_weight_update(self) -> None:
+        """Close an update that was opened and into which nothing came: vLLM would refuse to open another one."""
+        if self._weight_update_active:
+            self._weight_update_active = False
+            self.weight_transfer_engine.reset_weight_update_target()

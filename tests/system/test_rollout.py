@@ -171,6 +171,16 @@ def test_a_transfer_that_breaks_off_leaves_engines_that_serve_nothing_until_a_wh
     assert largest_difference(trajectories, tied.trainer_logprobs(trajectories)) < TOLERANCE
 
 
+def test_an_update_that_was_opened_and_never_filled_does_not_keep_out_the_next_one(tied: World):
+    """As it is left where another engine dies before the weights are sent."""
+    ray.get(tied.pool.engines[0].start_weight_update.remote(), timeout=TIMEOUT_S)
+    with pytest.raises(EngineError, match="weight transfer"):
+        tied.transfer()
+    tied.transfer()
+    trajectories = tied.sample(requests_of(2))
+    assert largest_difference(trajectories, tied.trainer_logprobs(trajectories)) < TOLERANCE
+
+
 def test_weights_that_are_not_finite_never_serve(tied: World):
     """NaN compares false with every tolerance; the probe must not let it through."""
 

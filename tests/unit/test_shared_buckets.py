@@ -1,10 +1,11 @@
 """Memory that the sender of a weight transfer shares with workers on its host."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
-from threading import Thread
+from threading import Thread, Timer
 from typing import Any
 
 import pytest
@@ -80,6 +81,23 @@ def test_the_sender_fails_at_once_where_a_worker_ends():
         sender.wait_until_read()
         with pytest.raises(RuntimeError, match="worker has gone"):
             sender.wait_until_read()
+
+
+def test_a_sender_that_waits_fails_at_once_when_it_is_interrupted():
+    sender = SharingSender(BYTES, TIMEOUT_S)
+    worker = SharingWorker(sender.name, TIMEOUT_S)  # which reads nothing
+    sender.admit(1)
+    sender.offer()
+    started = time.monotonic()
+    timer = Timer(0.2, sender.interrupt)
+    timer.start()
+    with pytest.raises(RuntimeError, match="has gone, or its part failed"):
+        sender.wait_until_read()
+    assert time.monotonic() - started < TIMEOUT_S / 2  # not by its own limit
+    timer.join(TIMEOUT_S)
+    sender.close()
+    sender.interrupt()  # changes nothing any more
+    worker.close()
 
 
 def test_a_worker_that_cannot_reach_the_sender_learns_so():
