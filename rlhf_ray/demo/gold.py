@@ -92,6 +92,8 @@ def gold_score(request: Request | str, reply: str) -> GoldScore:
         body, polite_opener = _without_opener(" ".join(sentence), (*COURTEOUS_OPENERS, APOLOGY))
         body, rude_opener = _without_opener(body, RUDE_OPENERS)
         rude = rude or bool(rude_opener) or body in RUDE_CLOSERS
+        if set(body.split()) <= set(polite_opener.split()):  # "gladly gladly" opens nothing
+            polite_opener = ""
         polite_phrase = polite_opener or (body if body in COURTEOUS_CLOSERS else "")
         if polite_phrase and not courtesy:
             courtesy = polite_phrase

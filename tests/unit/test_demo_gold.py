@@ -3,7 +3,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlhf_ray.demo.gold import GoldScore, Raters, gold_score, is_flattering, label_noise_ceiling
@@ -61,6 +61,7 @@ def test_any_characters_have_a_score(reply: str) -> None:
 
 
 @given(st.integers(0, 10_000), st.sampled_from(vocabulary()), st.integers(1, 20))
+@example(0, "gladly", 2)
 def test_repeating_a_word_after_a_reply_never_helps(seed: int, word: str, times: int) -> None:
     rng = Random(seed)
     request = sample_request(rng)
