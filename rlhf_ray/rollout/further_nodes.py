@@ -22,6 +22,7 @@ from rlhf_ray.tracking.logs import setup_actor_logging
 
 logger = logging.getLogger(__name__)
 
+ANSWER_S = 10.0  # for what an ended node's actor has answered already
 HOST_VARIABLE = "VLLM_HOST_IP"  # where vLLM's processes of other nodes reach those of this one
 ACTOR_PROCESS = "RLHF_RAY_ENGINE_PROCESS"  # which the processes that vLLM starts on this node end with
 
@@ -73,7 +74,7 @@ class FurtherNodes:
         if self._closing:
             return
         try:
-            ray.get(ended)
+            ray.get(ended, timeout=ANSWER_S)
             logger.error("the workers of another node of this engine ended; it ends too")
         except ray.exceptions.RayError as error:
             logger.error("another node of this engine ended; it ends too: %s", error)

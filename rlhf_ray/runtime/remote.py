@@ -82,7 +82,7 @@ def _death(refs: list[Any]) -> RayError | None:
     done, _ = ray.wait(refs, num_returns=len(refs), timeout=DEATH_SHOWS_WITHIN_S)
     for ref in done:
         try:
-            ray.get(ref)
+            ray.get(ref, timeout=DEATH_SHOWS_WITHIN_S)
         except DEATHS as error:
             return error
         except RayError:

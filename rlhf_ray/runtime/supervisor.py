@@ -191,7 +191,7 @@ class Supervisor:
             one = under_watch[name]
             one.answer, one.answered = None, now
             try:
-                ray.get(ref)
+                ray.get(ref, timeout=LOOK_EVERY_S)
                 one.heard = now if one.heard is not None else None
             except RayActorError as error:
                 self._died(name, one, f"{name}: the actor died: {facts(error)}")

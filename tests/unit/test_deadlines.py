@@ -6,12 +6,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[2] / "rlhf_ray"
 # A wait, and the position at which its time limit may stand without a name; None where it must be named.
 WAITS = {"ray.get": None, "ray.wait": None, ".join": 0, ".communicate": 1}
-# What is waited for is there already, or the wait is all that a thread of its own does.
+# The wait is all that a thread of its own does.
 ENDLESS = {
-    ("runtime/supervisor.py", "ray.get"),  # of what ray.wait has just found ready
-    ("runtime/remote.py", "ray.get"),  # likewise
     ("rollout/further_nodes.py", "ray.wait"),  # a thread that ends the process when another node's does
-    ("rollout/further_nodes.py", "ray.get"),
 }
 
 
