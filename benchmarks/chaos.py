@@ -45,6 +45,9 @@ def main() -> int:
     wrong = 0
     with ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos")))
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            parser.error(f"--folder {folder} is not empty: give another, or empty it")
         runs = Runs(folder)
         for case in CASES:
             if arguments.only and case.name not in arguments.only:
