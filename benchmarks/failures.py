@@ -25,7 +25,8 @@ meant to happen, the table what did.
   and ended after `run.min_timeout_s`, with a report in `stalls/` of the run directory. So a hang becomes a death.
 * **Infrastructure is replaced, data is reported.** What died is started again, three times without an iteration in
   between, then the run ends with exit code 3. A reward function that raises, hangs or returns no number is a matter of
-  the data: `min_scored` of that function says how many of its responses may be left out before the run ends.
+  the data: `min_scored` of that function says how many of its responses may be left out before the run ends, and
+  `ppo.spare_prompts` sets prompts aside that take their place.
 * **An engine** owes responses when it dies; the other engines sample them with the same seeds, so that they are the
   same responses, or its successor does where it was the only one. The successor serves after a whole transfer of
   weights and a probe that agrees. A transfer that is broken off begins again with those that live.

@@ -241,7 +241,7 @@ def run_system(
     ):
         loop = MeasuredLoop(config, run, groups, prompts, [])
         loop.before = before
-        loop.rollouts = rollouts = KnownLengths(config, groups, prompts, loop.ledger, loop.activity)
+        loop.rollouts = rollouts = KnownLengths(config, groups, prompts, [], loop.ledger, loop.activity)
         rollouts.lengths = requests.lengths
         loop.train()
         samples = Samples(list(map(len, requests.prompts)), requests.lengths)

@@ -213,6 +213,12 @@ class PPOSection(Section):
         gt=1,
         description="Largest importance weight where `max_staleness` is above 0; none corrects nothing.",
     )
+    spare_prompts: int = Field(
+        default=0,
+        ge=0,
+        description="Prompts set aside, which take the place of responses that a reward function failed on; 0 leaves "
+        "those out without another.",
+    )
     entropy_coef: float = Field(default=0.0, ge=0, description="Weight of the entropy bonus.")
     ptx_coef: float = Field(default=0.0, ge=0, description="Weight of the language-modelling loss on `ptx_path`.")
     ptx_path: str | None = Field(
@@ -319,6 +325,12 @@ class PPOConfig(PPOStage, RunConfig):
             problems.add("policy.path", "not given; set it to a model folder or hub name")
         if not self.reward.models:
             self._check_without_reward_model(problems)
+        if self.ppo.spare_prompts and all(item.min_scored == 1 for item in self.reward.functions):
+            problems.add(
+                "ppo.spare_prompts",
+                f"{self.ppo.spare_prompts}, but no response is left out, as no reward function has a `min_scored` below "
+                "1; set one, or this to 0",
+            )
         check_sharing(self, problems)
         problems.check()
         return self

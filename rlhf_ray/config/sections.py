@@ -103,12 +103,9 @@ class TrackingSection(Section):
     """Where metrics go besides the JSONL file that is always written."""
 
     wandb: Literal["off", "offline", "online"] = Field(
-        default="off", description="Whether metrics also go to Weights & Biases, and whether it uploads them."
-    )
-    project: str = Field(
-        default="rlhf_ray",
-        pattern="^([^/]+/)?[^/]+$",
-        description="Weights & Biases project; `team/project` where the team is not the account's default.",
+        default="off",
+        description="Whether metrics also go to Weights & Biases, to the project WANDB_PROJECT (`rlhf_ray` where it is "
+        "not set) of the team WANDB_ENTITY, and whether it uploads them.",
     )
 
 

@@ -1,8 +1,9 @@
 """The ledger of a PPO run: the way of each sample from its draw to its update, checked as it goes, and written down.
 
 A sample is one response to a prompt of one iteration: (uid, index). It is drawn, dispatched to the engines, completed,
-scored, and then trained, or excluded where a reward function gave no score. Each step needs the one before, and none
-happens twice; what breaks that ends the run before anything is trained on it.
+scored, and then trained, or excluded where a reward function gave no score. Others that take the place of those are
+added to the batch, and take the same steps. Each step needs the one before, and none happens twice; what breaks that
+ends the run before anything is trained on it.
 
 `ledger.jsonl` has a line for each step of a whole batch, when its last sample has taken it: the iteration, how many
 samples, and a digest of them. A process that starts or continues the run adds where it does, and which batches it
@@ -30,18 +31,24 @@ logger = logging.getLogger(__name__)
 Sample = tuple[str, int]  # uid of the prompt within its iteration, index among the prompt's samples
 
 WAY = ("drawn", "dispatched", "completed", "scored", "trained")
-STARTED, EXCLUDED, ABANDONED = "started", "excluded", "abandoned"
+STARTED, REPLACED, EXCLUDED, ABANDONED = "started", "replaced", "excluded", "abandoned"
 MOST_NAMES = 3
 
 
 @dataclass
 class LedgerBatch:
-    """The samples of one iteration under way: the step that all have taken, and which have yet to take the next."""
+    """The samples of one iteration under way: the step that all have taken, and which have yet to take the next.
+
+    Attributes:
+        samples: those that were drawn together.
+        before: those that were scored before these took the place of some.
+    """
 
     iteration: int
     samples: frozenset[Sample]
     step: str
     left: set[Sample]
+    before: frozenset[Sample] = frozenset()
 
 
 class Ledger:
@@ -119,6 +126,19 @@ class Ledger:
         """Some of the responses are scored, or have been asked for a score in vain."""
         self._take("scored", batch, samples)
 
+    def replace(self, batch: LedgerBatch, samples: Iterable[Sample]) -> None:
+        """Others are drawn in place of responses that have been asked for a score in vain; none at all is nothing."""
+        added = frozenset(samples)
+        if not added:
+            return
+        with self._lock:
+            self._check_under_way(batch)
+            known = batch.before | batch.samples
+            if batch.step != "scored" or added & known:
+                raise _broken(batch.iteration, f"{_named(added)} took the place of others when it was {batch.step}")
+            batch.before, batch.samples, batch.step, batch.left = known, added, WAY[0], set(added)
+            self._write(REPLACED, batch.iteration, added)
+
     @contextmanager
     def training(self, iteration: int, rows: list[dict[str, Any]]) -> Iterator[None]:
         """Around the update of an iteration; its samples count as trained after it.
@@ -149,13 +169,18 @@ class Ledger:
     def _take(self, step: str, batch: LedgerBatch, samples: Iterable[Sample]) -> None:
         """Samples take a step; when the last one has, the batch has taken it."""
         with self._lock:
-            # A thread may outlive the run that it worked for, or what its run has abandoned.
-            if self._batches.get(batch.iteration) is not batch:
-                raise _broken(batch.iteration, "it is not under way")
+            self._check_under_way(batch)
             self._check(step, batch, samples)
             if not batch.left:
                 batch.step, batch.left = step, set(batch.samples)
                 self._write(step, batch.iteration, batch.samples)
+                if step == "scored":
+                    batch.left |= batch.before  # to be trained together
+
+    def _check_under_way(self, batch: LedgerBatch) -> None:
+        # A thread may outlive the run that it worked for, or what its run has abandoned.
+        if self._batches.get(batch.iteration) is not batch:
+            raise _broken(batch.iteration, "it is not under way")
 
     @staticmethod
     def _check(step: str, batch: LedgerBatch, samples: Iterable[Sample]) -> None:
@@ -164,7 +189,7 @@ class Ledger:
         for sample in samples:
             if batch.step != before or sample not in batch.left:
                 known = "is not one of its samples"
-                if sample in batch.samples:
+                if sample in batch.samples | batch.before:
                     late = WAY.index(batch.step) >= WAY.index(before)
                     known = f"was {step} before" if late else f"is not {before} yet"
                 raise _broken(batch.iteration, f"{_named([sample])} was {step}, and {known}")

@@ -27,7 +27,7 @@ from rlhf_ray.driver.experience import Experience, build_experience
 from rlhf_ray.driver.groups import Groups
 from rlhf_ray.driver.health import UpdateHealth, mismatch_alarm
 from rlhf_ray.driver.ledger import Ledger
-from rlhf_ray.driver.rollouts import Batch, Rollouts
+from rlhf_ray.driver.rollouts import Batch, Rollouts, set_aside
 from rlhf_ray.errors import BudgetExhausted
 from rlhf_ray.models.reading import StateValues, TokenLogprobs
 from rlhf_ray.packing import Sequence
@@ -45,6 +45,7 @@ class PPOLoop:
     """One PPO run over running groups."""
 
     def __init__(self, config: PPOConfig, run: Run, groups: Groups, prompts: list[Prompt], ptx: list[Sequence]) -> None:
+        prompts, spares = set_aside(prompts, config.ppo.spare_prompts, config.run.seed)
         self.config = config
         self.run = run
         self.groups = groups
@@ -65,7 +66,7 @@ class PPOLoop:
         self.done: tuple[int, dict[str, Any], Callable[[Path], list[PendingSave]], float] | None = None
         self.activity = Activity("driver", run.directory.path)
         self.ledger = Ledger(run.directory.ledger, ppo.max_staleness)
-        self.rollouts = Rollouts(config, groups, prompts, self.ledger, self.activity)
+        self.rollouts = Rollouts(config, groups, prompts, spares, self.ledger, self.activity)
         self.iteration = 0
 
     def train(self) -> dict[str, float]:

@@ -3,6 +3,9 @@
 The bound holds by admission: while iteration i is under way, the engines serve weights of at least as many updates as
 i trains on top of, and no batch after i + max_staleness is started. So no token of batch b is from weights more than
 max_staleness updates older than those that b trains, however long its responses take.
+
+Where prompts are set aside (`ppo.spare_prompts`), one takes the place of each response that a reward function failed
+on. Which one depends on the seed, the iteration and how many failed alone: the numbers do not hang on the clock.
 """
 
 import time
@@ -16,7 +19,7 @@ from rlhf_ray.data import EpochOrder
 from rlhf_ray.data.formats import Prompt
 from rlhf_ray.driver.groups import Groups
 from rlhf_ray.driver.ledger import Ledger, LedgerBatch
-from rlhf_ray.errors import EngineError
+from rlhf_ray.errors import DataError, EngineError
 from rlhf_ray.rollout.engine import SampleRequest
 from rlhf_ray.rollout.pool import sampling_seed
 from rlhf_ray.scoring.scorer import ScoredTrajectory
@@ -24,6 +27,7 @@ from rlhf_ray.tracking.activity import Activity
 from rlhf_ray.trajectory import Trajectory
 
 MEANWHILE_EVERY_S = 0.5
+SPARE = "~"  # between the uid of a prompt that was set aside and the number of its turn in an iteration
 
 
 @dataclass
@@ -87,12 +91,19 @@ class Rollouts:
     """The batches of a run, in order."""
 
     def __init__(
-        self, config: PPOConfig, groups: Groups, prompts: list[Prompt], ledger: Ledger, activity: Activity
+        self,
+        config: PPOConfig,
+        groups: Groups,
+        prompts: list[Prompt],
+        spares: list[Prompt],
+        ledger: Ledger,
+        activity: Activity,
     ) -> None:
         self.order = EpochOrder(len(prompts), config.run.seed)
         self._config = config
         self._groups = groups
         self._prompts = prompts
+        self._spares = spares
         self._ledger = ledger
         self._activity = activity
         self._ahead: dict[int, Future[Batch]] = {}
@@ -139,39 +150,77 @@ class Rollouts:
         drawn, iteration = draw.drawn, draw.drawn.iteration
         sampled = started
 
-        def stream() -> Iterator[list[Trajectory]]:
+        def stream(requests: list[SampleRequest]) -> Iterator[list[Trajectory]]:
             nonlocal sampled
             with self._activity.busy("generate", iteration=iteration):
                 self._ledger.dispatch(drawn)
-                for finished in self._groups.rollout.generate(draw.requests):
+                for finished in self._groups.rollout.generate(requests):
                     self._ledger.complete(drawn, [(one.uid, one.sample) for one in finished])
                     yield finished
             sampled = time.monotonic()
 
         # Responses that wait for their turn to train get the values of the critic of that time.
         with_values = self._config.ppo.max_staleness == 0
-        scored = self._groups.scorer.score(stream(), draw.prompts, with_values=with_values)
-        self._ledger.score(drawn, [(one.trajectory.uid, one.trajectory.sample) for one in scored])
+        requests, prompts = draw.requests, draw.prompts
+        scored: list[ScoredTrajectory] = []
+        while requests:
+            found = self._groups.scorer.score(stream(requests), prompts, with_values=with_values)
+            self._ledger.score(drawn, [(one.trajectory.uid, one.trajectory.sample) for one in found])
+            scored += found
+            self._groups.scorer.check_shares(scored)
+            requests, prompts = self._spare_requests(iteration, scored)
+            self._ledger.replace(drawn, [(one.uid, one.sample) for one in requests])
         return Batch(iteration, scored, draw.order, draw.epoch, sampled - started, time.monotonic() - sampled)
+
+    def _spare_requests(
+        self, iteration: int, scored: list[ScoredTrajectory]
+    ) -> tuple[list[SampleRequest], dict[str, Prompt]]:
+        """What is to be sampled for responses without a score that nothing has taken the place of; as `requests`."""
+        taken = sum(is_spare(one.trajectory.uid) for one in scored)
+        failed = min(sum(one.problem is not None for one in scored), len(self._spares))
+        if taken == failed:
+            return [], {}
+        order = EpochOrder(len(self._spares), sampling_seed(self._config.run.seed, iteration, "spares", 0))
+        turns = list(enumerate(order.next(failed)))[taken:]
+        by_uid = {f"{self._spares[index].uid}{SPARE}{turn}": self._spares[index] for turn, index in turns}
+        return [self._request(iteration, uid, prompt, 0) for uid, prompt in by_uid.items()], by_uid
 
     def requests(self, iteration: int, prompts: list[Prompt]) -> tuple[list[SampleRequest], dict[str, Prompt]]:
         """What to sample, and the prompt of each uid."""
-        rollout = self._config.rollout
+        samples = range(self._config.rollout.samples_per_prompt)
         # A prompt may come twice in one iteration, where an epoch ends within it; each draw is a sample of its own.
         by_uid: dict[str, Prompt] = {}
         requests = []
         for prompt in prompts:
             uid = prompt.uid if prompt.uid not in by_uid else f"{prompt.uid}+{len(by_uid)}"
             by_uid[uid] = prompt
-            requests += [
-                SampleRequest(
-                    uid,
-                    sample,
-                    prompt.token_ids,
-                    sampling_seed(self._config.run.seed, iteration, uid, sample),
-                    rollout.temperature,
-                    rollout.max_new_tokens,
-                )
-                for sample in range(rollout.samples_per_prompt)
-            ]
+            requests += [self._request(iteration, uid, prompt, sample) for sample in samples]
         return requests, by_uid
+
+    def _request(self, iteration: int, uid: str, prompt: Prompt, sample: int) -> SampleRequest:
+        rollout = self._config.rollout
+        seed = sampling_seed(self._config.run.seed, iteration, uid, sample)
+        return SampleRequest(uid, sample, prompt.token_ids, seed, rollout.temperature, rollout.max_new_tokens)
+
+
+def set_aside(prompts: list[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts of the epochs, in their order, and `count` others, chosen by the seed.
+
+    Raises:
+        DataError: too few are left.
+    """
+    if not count:
+        return prompts, []
+    if count >= len(prompts):
+        raise DataError(
+            f"`ppo.spare_prompts` is {count}, and there are {len(prompts)} prompts, so that none is left to train on: "
+            "lower it, or give more prompts"
+        )
+    chosen = EpochOrder(len(prompts), sampling_seed(seed, 0, "set aside", 0)).next(count)
+    left = set(range(len(prompts))).difference(chosen)
+    return [prompts[index] for index in sorted(left)], [prompts[index] for index in chosen]
+
+
+def is_spare(uid: str) -> bool:
+    """Whether a response is to a prompt that was set aside."""
+    return SPARE in uid

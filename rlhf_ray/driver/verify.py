@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.config.load import load_any
 from rlhf_ray.driver.checkpoint import STATE, checkpoint_folders, damage, step_of
-from rlhf_ray.driver.ledger import ABANDONED, EXCLUDED, STARTED, WAY, digest, ledger_rows
+from rlhf_ray.driver.ledger import ABANDONED, EXCLUDED, REPLACED, STARTED, WAY, digest, ledger_rows
+from rlhf_ray.driver.rollouts import is_spare
 from rlhf_ray.errors import StageError, shortened
 from rlhf_ray.tracking.rundir import metric_rows
 
@@ -26,7 +27,8 @@ MOST_NAMES = 3
 # The steps that may stand before each step of a batch in the ledger; None: the batch is new, or was abandoned.
 FOLLOWS: dict[str, tuple[str | None, ...]] = {
     "drawn": (None,),
-    "dispatched": ("drawn",),
+    "replaced": ("scored",),
+    "dispatched": ("drawn", "replaced"),
     "completed": ("dispatched",),
     "scored": ("completed",),
     "excluded": ("scored",),
@@ -110,13 +112,18 @@ def _tables(run_dir: Path, steps: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def _samples(config: PPOConfig, tables: list[list[dict[str, Any]]]) -> Finding:
-    """Every prompt of an iteration has each of its samples once."""
+    """Every prompt of an iteration has each of its samples once, and those that failed another in their place."""
     wanted = config.ppo.prompts_per_iteration
     samples = set(range(config.rollout.samples_per_prompt))
     found = f"{sum(map(len, tables))} responses"
     for step, rows in enumerate(tables):
         of_prompt: dict[str, list[int]] = {}
-        for row in rows:
+        spares = [row["uid"] for row in rows if is_spare(row["uid"])]
+        failed = sum(row["score"] is None for row in rows)
+        if len(set(spares)) != len(spares) or len(spares) != min(failed, config.ppo.spare_prompts):
+            problem = f"step {step}: {len(spares)} responses took the place of {failed} that have no score"
+            return Finding("responses", found, f"{problem}, of {config.ppo.spare_prompts} prompts set aside")
+        for row in _of_epochs(rows):
             of_prompt.setdefault(row["uid"], []).append(row["sample"])
         if len(of_prompt) != wanted:
             return Finding("responses", found, f"step {step} has {len(of_prompt)} prompts, and {wanted} were drawn")
@@ -133,7 +140,7 @@ def _draws(num_prompts: int | None, tables: list[list[dict[str, Any]]]) -> Findi
     drawn: Counter[str] = Counter()
     how_many = Counter({0: num_prompts or 0})  # prompts that were drawn so often
     for step, rows in enumerate(tables):
-        for uid in dict.fromkeys(row["uid"] for row in rows):
+        for uid in dict.fromkeys(row["uid"] for row in _of_epochs(rows)):
             prompt = uid.partition("+")[0]  # one that comes twice in an iteration has a number after it
             how_many[drawn[prompt]] -= 1
             drawn[prompt] += 1
@@ -153,6 +160,11 @@ def _draws(num_prompts: int | None, tables: list[list[dict[str, Any]]]) -> Findi
     if num_prompts is None:
         return Finding("prompts", f"{len(drawn)} of an unknown number (no whole checkpoint, no summary): not checked")
     return Finding("prompts", f"{drawn.total()} drawn of {num_prompts}, each once an epoch")
+
+
+def _of_epochs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of prompts that the epochs are made of."""
+    return [row for row in rows if not is_spare(row["uid"])]
 
 
 def _num_prompts(run_dir: Path, whole: list[Path]) -> int | None:
@@ -229,9 +241,11 @@ def _misstep(batches: dict[int, list[dict[str, Any]]], row: dict[str, Any], befo
     if type(row.get("count")) is not int or type(row.get("digest")) is not str:
         return f"was {event}, and the line names no samples"
     steps.append(row)
-    if event in WAY[1:-1] and row["digest"] != steps[0]["digest"]:
+    drawn = [one for one in steps if one["event"] in (WAY[0], REPLACED)]
+    if event in WAY[1:-1] and row["digest"] != drawn[-1]["digest"]:
         return f"was {event} with other samples than were drawn"
     ended = [one["count"] for one in steps if one["event"] in (EXCLUDED, WAY[-1])]
-    if event == WAY[-1] and sum(ended) != steps[0]["count"]:
-        return f"was trained, and of {steps[0]['count']} samples {sum(ended)} were trained or excluded"
+    count = sum(one["count"] for one in drawn)
+    if event == WAY[-1] and sum(ended) != count:
+        return f"was trained, and of {count} samples {sum(ended)} were trained or excluded"
     return None

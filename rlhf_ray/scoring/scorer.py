@@ -184,8 +184,7 @@ class Scorer:
 
         Raises:
             RewardError: a reward model failed.
-            BudgetExhausted: a function scored a smaller share of them than it must, or a scorer dies, or does not
-                answer in time, again and again.
+            BudgetExhausted: a scorer dies, or does not answer in time, again and again.
         """
         chunks: list[_Chunk] = []
         waiting: list[Trajectory] = []
@@ -202,9 +201,16 @@ class Scorer:
         scored = [one for chunk in chunks for one in self._collect(chunk, prompts)]
         position = {uid: index for index, uid in enumerate(prompts)}
         scored.sort(key=lambda one: (position[one.trajectory.uid], one.trajectory.sample))
+        return scored
+
+    def check_shares(self, scored: list[ScoredTrajectory]) -> None:
+        """Refuse to train on the rest where a function has failed on too many responses of an iteration.
+
+        Raises:
+            BudgetExhausted: it scored a smaller share of them than it must.
+        """
         for name, item in self._function_items.items():
             check_share(item, [one.rewards[name] for one in scored])
-        return scored
 
     def _dispatch(self, trajectories: list[Trajectory], prompts: Mapping[str, Prompt], with_values: bool) -> _Chunk:
         # Within a chunk the order of arrival would decide how sequences are packed together.
@@ -310,11 +316,7 @@ class Scorer:
 
 
 def check_share(item: RewardFunctionItem, scores: list[float | None]) -> None:
-    """Refuse to train on the rest where a function has failed on too many responses of an iteration.
-
-    Raises:
-        BudgetExhausted: it scored a smaller share of them than it must.
-    """
+    """As `Scorer.check_shares`, of one function's scores."""
     given = sum(not _lacks(score) for score in scores)
     if given < item.min_scored * len(scores):
         raise BudgetExhausted(

@@ -43,6 +43,7 @@ def train_ppo(config: PPOConfig) -> Path:
         check_models(config, tokenizer)
         prompts, report = prompt_items(rows, tokenizer, data.max_tokens, data.overlong, data.as_chat, data.malformed)
         logger.info("prompts: %s", report)
+        num_prompts = len(prompts) - config.ppo.spare_prompts
         ptx = read_ptx(config, tokenizer)
         with running_groups(config, tokenizer, tokenizer_folder, run.directory.logs) as groups:
             metrics = PPOLoop(config, run, groups, prompts, ptx).train()
@@ -52,11 +53,11 @@ def train_ppo(config: PPOConfig) -> Path:
                 method="PPO",
                 base_model=config.policy.path,
                 datasets=paths(data.path),
-                summary={"iterations": config.ppo.iterations, "prompts": len(prompts), **final},
+                summary={"iterations": config.ppo.iterations, "prompts": num_prompts, **final},
             )
             groups.policy.export(str(run.model_folder), tokenizer_folder, card).result()
             groups.critic.export(str(run_dir / "critic"), tokenizer_folder, card).result()
-        run.finish({"iterations": config.ppo.iterations, "prompts": len(prompts), **final})
+        run.finish({"iterations": config.ppo.iterations, "prompts": num_prompts, **final})
         return run.model_folder
 
 

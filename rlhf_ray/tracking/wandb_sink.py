@@ -1,8 +1,9 @@
 """Metrics on Weights & Biases.
 
-The API key comes from the environment (`WANDB_API_KEY`) alone. A run goes on without W&B: when the service
-does not answer at the start, the run is recorded offline (`wandb sync` uploads it later); when a call to W&B
-fails, that is logged once and nothing more is sent. `metrics.jsonl` holds everything in either case.
+The API key comes from the environment (`WANDB_API_KEY`) alone, as do the project (`WANDB_PROJECT`) and the team
+(`WANDB_ENTITY`). A run goes on without W&B: when the service does not answer at the start, the run is recorded offline
+(`wandb sync` uploads it later); when a call to W&B fails, that is logged once and nothing more is sent.
+`metrics.jsonl` holds everything in either case.
 """
 
 import logging
@@ -29,7 +30,7 @@ class WandbSink:
 
     Args:
         directory: where W&B keeps its files, in a folder `wandb`.
-        section: project, its team and mode, which is "offline" or "online".
+        section: its mode, which is "offline" or "online".
         config: shown as the run's configuration.
         name: the run's display name.
         job_type: the stage.
@@ -54,12 +55,10 @@ class WandbSink:
                 "set it, or set `tracking.wandb` to offline or off"
             )
         self._run: wandb.Run | None = None
-        team, _, project = section.project.rpartition("/")
         try:
             online = section.wandb == "online" and _answers(wandb.setup().settings.base_url)
             self._run = wandb.init(
-                project=project,
-                entity=team or None,
+                project=os.environ.get("WANDB_PROJECT", "rlhf_ray"),
                 name=name,
                 job_type=job_type,
                 config=config,

@@ -64,6 +64,11 @@ def lenient(completions: list[Any], lenient_fault: list[str | None], **kwargs: A
     return _misbehave(lenient_fault, len(completions))
 
 
+def scarce(completion_ids: list[list[int]], answer: list[int], **kwargs: Any) -> list[float | None]:
+    """Has nothing to say of every third prompt."""
+    return [None if one % 3 == 0 else float(len(ids)) for ids, one in zip(completion_ids, answer, strict=True)]
+
+
 def low_tokens(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     """Share of the tokens whose id is below 160, about half of the tiny vocabulary: easily learned."""
     return [sum(token < 160 for token in ids) / len(ids) for ids in completion_ids]

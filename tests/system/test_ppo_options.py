@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from ppo_runs import TOLERANCE, Inputs, make_inputs, rows_of
@@ -279,3 +280,31 @@ def test_a_run_that_loses_too_many_samples_ends_with_a_checkpoint_of_its_last_wh
     values["reward"]["functions"][0]["min_scored"] = 0.5
     assert [row["step"] for row in shared.train(from_dict(values, "ppo"))] == list(range(4))
     assert [one.problem for one in verify(Path(config.run.dir)) if one.problem] == []
+
+
+def test_prompts_set_aside_take_the_place_of_those_that_a_function_fails_on(shared: Shared):
+    function = {"path": "reward_functions:scarce", "min_scored": 0.25}
+    rows = {}
+    for name, staleness in (("spare", 0), ("spare-ahead", 1)):
+        config = shared.config(
+            name,
+            reward={"models": [], "functions": [function]},
+            critic={"init": "policy"},
+            rollout={"samples_per_prompt": 1},
+            ppo={"iterations": 3, "prompts_per_iteration": 6, "spare_prompts": 6, "max_staleness": staleness},
+        )
+        metrics = shared.train(config)
+        assert [one.problem for one in verify(Path(config.run.dir)) if one.problem] == []
+        files = sorted((Path(config.run.dir) / "samples").glob("*.parquet"))
+        rows[name] = [pq.read_table(file).to_pylist() for file in files]
+        for metric, of_step in zip(metrics, rows[name], strict=True):
+            trained = [row for row in of_step if row["score"] is not None]
+            spares = [row["uid"] for row in of_step if "~" in row["uid"]]
+            assert len(of_step) == 6 + len(spares)
+            assert len(trained) == 6 or len(spares) == 6
+            assert metric["data/excluded"] == len(of_step) - len(trained)
+            assert sum(bool(row["excluded"]) for row in of_step) == len(of_step) - len(trained)
+        assert any("~" in row["uid"] for of_step in rows[name] for row in of_step)
+    # Which ones does not hang on the clock, which decides what is sampled first.
+    uids = {name: [[row["uid"] for row in of_step] for of_step in of_run] for name, of_run in rows.items()}
+    assert uids["spare"] == uids["spare-ahead"]

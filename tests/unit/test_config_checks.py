@@ -199,6 +199,12 @@ from rlhf_ray.config.load import CONFIGS
         ),
         (
             "ppo",
+            ["ppo.spare_prompts=3"],
+            "ppo.spare_prompts: 3, but no response is left out, as no reward function has a `min_scored` below 1; "
+            "set one, or this to 0",
+        ),
+        (
+            "ppo",
             ["ppo.ptx_coef=0.1"],
             "ppo.ptx_path: not given, but `ppo.ptx_coef` is 0.1; set it, or the latter to 0",
         ),

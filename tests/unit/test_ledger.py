@@ -69,6 +69,26 @@ def test_a_batch_leaves_a_line_a_step_when_its_last_sample_has_taken_it(tmp_path
     ]
 
 
+def test_samples_that_take_the_place_of_others_go_the_same_way_and_are_trained_with_the_rest(tmp_path):
+    ledger = ledger_at(tmp_path)
+    batch = go(ledger, 0, to="scored")
+    ledger.replace(batch, [])
+    assert written(tmp_path)[-1]["event"] == "scored"
+    spare = [("p7~0", 0)]
+    ledger.replace(batch, spare)
+    ledger.dispatch(batch)
+    ledger.complete(batch, spare)
+    ledger.score(batch, spare)
+    with ledger.training(0, rows_of([*BATCH, *spare], without_score=(("p0", 1),))):
+        pass
+    of_spare = {"iteration": 0, "count": 1, "digest": digest(spare)}
+    assert written(tmp_path)[5:] == [
+        *({"event": event, **of_spare} for event in ("replaced", "dispatched", "completed", "scored")),
+        {"event": "excluded", "iteration": 0, "count": 1, "digest": digest([("p0", 1)])},
+        {"event": "trained", "iteration": 0, "count": 4, "digest": digest([BATCH[0], *BATCH[2:], *spare])},
+    ]
+
+
 def completed_twice(ledger: Ledger) -> None:
     batch = go(ledger, 0, to="dispatched")
     ledger.complete(batch, [("p0", 0)])
@@ -105,6 +125,18 @@ BROKEN: dict[str, tuple[Callable[[Ledger], object], str]] = {
     "scored twice": (
         lambda ledger: ledger.score(go(ledger, 0, to="scored"), BATCH),
         "was scored, and was scored before;",
+    ),
+    "replaced early": (
+        lambda ledger: ledger.replace(go(ledger, 0, to="completed"), [("p7~0", 0)]),
+        "iteration 0: p7~0/0 took the place of others when it was completed;",
+    ),
+    "replaced by itself": (
+        lambda ledger: ledger.replace(go(ledger, 0, to="scored"), BATCH[:1]),
+        "iteration 0: p0/0 took the place of others when it was scored;",
+    ),
+    "scored before others took the place": (
+        lambda ledger: (ledger.replace(one := go(ledger, 0, to="scored"), [("p7~0", 0)]), ledger.score(one, BATCH)),
+        "was scored, and is not completed yet;",
     ),
     "trained early": (
         lambda ledger: (go(ledger, 0, to="completed"), train(ledger, 0, rows_of(BATCH))),

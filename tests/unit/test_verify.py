@@ -35,16 +35,24 @@ def rows_of_steps() -> list[list[dict[str, Any]]]:
     return steps
 
 
-def write_run(folder: Path, steps: list[list[dict[str, Any]]], max_staleness: int = 0) -> Path:
+def write_run(folder: Path, steps: list[list[dict[str, Any]]], max_staleness: int = 0, spare_prompts: int = 0) -> Path:
     config = from_dict(
         {
             "run": {"dir": str(folder)},
             "data": {"path": "prompts.jsonl"},
             "policy": {"path": "policy"},
             "critic": {"warmup_iterations": 1},
-            "reward": {"models": [{"path": "reward"}]},
+            "reward": {
+                "models": [{"path": "reward"}],
+                "functions": [{"path": "module:function", "min_scored": 0.5}],
+            },
             "rollout": {"kv_cache_gib": 0.5, "samples_per_prompt": SAMPLES},
-            "ppo": {"iterations": 10, "prompts_per_iteration": DRAWN, "max_staleness": max_staleness},
+            "ppo": {
+                "iterations": 10,
+                "prompts_per_iteration": DRAWN,
+                "max_staleness": max_staleness,
+                "spare_prompts": spare_prompts,
+            },
         },
         "ppo",
     )
@@ -171,6 +179,39 @@ def test_a_run_with_a_ledger_that_says_the_same_passes(tmp_path):
     with (run / "ledger.jsonl").open("a") as file:
         file.write('{"event": "dra')
     assert problems(run) == {}
+
+
+def test_responses_in_place_of_others_are_counted_and_are_of_no_epoch(tmp_path):
+    steps = unscored()
+    steps[3].append(steps[3][1] | {"uid": "p9~0", "sample": 0})
+    run = write_run(tmp_path / "run", steps, spare_prompts=2)
+    ledger = Ledger(run / "ledger.jsonl", max_staleness=0)
+    ledger.start(0)
+    for iteration, rows in enumerate(steps):
+        samples = [(row["uid"], row["sample"]) for row in rows]
+        drawn, spare = samples[: DRAWN * SAMPLES], samples[DRAWN * SAMPLES :]
+        batch = ledger.draw(iteration, drawn)
+        for together in (drawn, spare):
+            ledger.replace(batch, [] if together is drawn else spare)
+            if together:
+                ledger.dispatch(batch)
+                ledger.complete(batch, together)
+                ledger.score(batch, together)
+        with ledger.training(iteration, rows):
+            pass
+    assert problems(run) == {}
+    found = {one.subject: one.found for one in verify(run)}
+    assert found["responses"] == "25 responses"
+    assert found["prompts"] == "12 drawn of 5, each once an epoch"
+    # One too few, and one too many.
+    steps[3][-1]["score"] = None
+    lost = write_run(tmp_path / "lost", steps, spare_prompts=2)
+    said = "step 3: 1 responses took the place of 2 that have no score, of 2 prompts set aside"
+    assert problems(lost) == {"responses": said}
+    steps[3][-1]["score"] = steps[3][0]["score"] = 0.5
+    more = write_run(tmp_path / "more", steps, spare_prompts=2)
+    said = "step 3: 1 responses took the place of 0 that have no score, of 2 prompts set aside"
+    assert problems(more) == {"responses": said}
 
 
 # The lines by their place: 0 started; 1 to 10 two iterations; 11 to 14 the third; 15 started at it; 16 abandoned; 17 to
