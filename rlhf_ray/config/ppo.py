@@ -328,8 +328,8 @@ class PPOConfig(PPOStage, RunConfig):
         if self.ppo.spare_prompts and all(item.min_scored == 1 for item in self.reward.functions):
             problems.add(
                 "ppo.spare_prompts",
-                f"{self.ppo.spare_prompts}, but no response is left out, as no reward function has a `min_scored` below "
-                "1; set one, or this to 0",
+                f"{self.ppo.spare_prompts}, but no response is left out, as no reward function has a `min_scored` "
+                "below 1; set one, or this to 0",
             )
         check_sharing(self, problems)
         problems.check()

@@ -19,5 +19,5 @@ def test_some_are_set_aside_by_the_seed_and_the_others_keep_their_order():
 
 
 def test_too_many_leave_nothing_to_train_on():
-    with pytest.raises(DataError, match="`ppo.spare_prompts` is 10, and there are 10 prompts"):
+    with pytest.raises(DataError, match=r"`ppo\.spare_prompts` is 10, and there are 10 prompts"):
         set_aside(PROMPTS, 10, seed=1)
