@@ -223,7 +223,7 @@ class Supervisor:
 
     def _end_hung(self, name: str, one: _Watched, problem: str) -> None:
         with suppress(OSError):
-            problem += f"; it is ended. What every process was doing: {write_report(self._run_dir, problem)}"
+            problem += f"; it is ended. What every process was doing: {write_report(self._run_dir, problem, hung=name)}"
         self.kill(name, one.actor)
         self._died(name, one, problem)
 

@@ -14,12 +14,14 @@ from typing import Any
 from rich.console import Console
 
 from rlhf_ray.errors import Stalled
-from rlhf_ray.tracking.activity import NOW, TRACE
+from rlhf_ray.tracking.activity import NOW, TRACE, group_of
 from rlhf_ray.tracking.rundir import write_text
 from rlhf_ray.tracking.status import ProcessStatus, duration, statuses, table
 
 FOLDER = "stalls"
 LOG_LINES = 20
+TRAINERS = ("group", "policy", "critic")  # whose ranks compute together
+TRANSFER = "transfer"  # the span of both ends of one
 STACK_TIMEOUT_S = 20.0
 
 
@@ -36,11 +38,16 @@ def reporting_stalls(run_dir: Path) -> Iterator[None]:
         raise Stalled(f"{error}\n{report}") from error
 
 
-def write_report(run_dir: Path, problem: str) -> Path:
+def write_report(run_dir: Path, problem: str, hung: str | None = None) -> Path:
     """Write what the processes of a run do now: all in a table, then one by one.
 
     Each comes with the last lines of its log and, where it runs on this host and py-spy may look into it, the stack of
     each of its threads.
+
+    Args:
+        run_dir: the run's directory.
+        problem: what is reported.
+        hung: the process that is to blame, whose waiters are named; None where that is not known.
 
     Returns:
         The file, `stalls/<time>.txt` in the run's directory.
@@ -49,12 +56,33 @@ def write_report(run_dir: Path, problem: str) -> Path:
     console = Console(width=160, highlight=False)
     with console.capture() as captured:
         console.print(table(processes))
-    parts = [problem, captured.get()]
+    parts = [problem]
+    if hung is not None:
+        parts.append(f"Waiting for {hung}: {'; '.join(_waiting(hung, processes)) or 'nobody'}")
+    parts.append(captured.get())
     parts += [_about(run_dir, one) for one in processes]
     path = run_dir / FOLDER / f"{time.strftime('%Y%m%d-%H%M%S')}.txt"
     path.parent.mkdir(exist_ok=True)
     write_text(path, "\n\n".join(parts) + "\n")
     return path
+
+
+def _waiting(hung: str, processes: list[ProcessStatus]) -> list[str]:
+    """Who cannot go on without a process, and what it is about, longest first.
+
+    The driver asks every process; the ranks of a trainer compute together, and send weights to engines that take them.
+    """
+    group = group_of(hung)
+    transfers = {"policy", "rollout"}
+
+    def waits(one: ProcessStatus) -> bool:
+        if one.name == hung or one.doing == "idle":
+            return False
+        together = group_of(one.name) == group and group in TRAINERS
+        return one.name == "driver" or together or ({group, group_of(one.name)} == transfers and one.doing == TRANSFER)
+
+    waiting = sorted((one for one in processes if waits(one)), key=lambda one: -one.seconds)
+    return [f"{one.name}, in `{one.doing}` for {duration(one.seconds)}" for one in waiting]
 
 
 def _about(run_dir: Path, one: ProcessStatus) -> str:

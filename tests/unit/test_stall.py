@@ -1,5 +1,6 @@
 """The report of a stall: who was doing what, its last words and its stack."""
 
+import json
 import subprocess
 import sys
 import time
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.errors import EngineError, Stalled
-from rlhf_ray.tracking.stall import reporting_stalls
+from rlhf_ray.tracking.activity import NOW, TRACE
+from rlhf_ray.tracking.stall import reporting_stalls, write_report
 
 HANGING = """
 import sys, time
@@ -50,6 +52,34 @@ def test_a_stall_names_a_report_with_the_stack_and_the_log_of_the_process_that_h
     assert f"== policy-0, process {hanging.pid} on " in report and ": step (" in report
     assert "line 99" in report and "line 80\n" in report and "line 79\n" not in report
     assert "wait_for_a_rank_that_never_comes" in report or "Permission" in report
+
+
+@pytest.mark.parametrize(
+    ("hung", "waiting"),
+    [
+        ("reference-0", "driver, in `wait` for 9 s"),
+        ("policy-0", "driver, in `wait` for 9 s; policy-1, in `step` for 5 s; rollout-0, in `transfer` for 4 s"),
+        ("rollout-1", "driver, in `wait` for 9 s"),
+        ("driver", "nobody"),
+    ],
+)
+def test_a_report_says_who_waits_for_the_one_that_hangs(tmp_path, hung: str, waiting: str):
+    (tmp_path / TRACE).mkdir()
+    doing = {
+        "driver": ("wait", 9),
+        "policy-0": ("step", 6),
+        "policy-1": ("step", 5),
+        "critic-0": ("step", 8),
+        "reference-0": ("idle", 7),
+        "rollout-0": ("transfer", 4),
+        "rollout-1": ("generate", 3),
+    }
+    now = time.time()
+    for name, (what, seconds) in doing.items():
+        told = {"doing": what, "since": now - seconds, "told": now, "host": "elsewhere", "process": 1}
+        (tmp_path / TRACE / f"{name}{NOW}").write_text(json.dumps(told))
+    report = write_report(tmp_path, f"{hung} has given no sign", hung).read_text()
+    assert report.startswith(f"{hung} has given no sign\n\nWaiting for {hung}: {waiting}\n")
 
 
 def test_a_report_that_cannot_be_written_does_not_hide_the_stall(tmp_path):
