@@ -9,7 +9,7 @@ from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.errors import BudgetExhausted
+from rlhf_ray.errors import BudgetExhausted, shortened
 from rlhf_ray.packing import Sequence
 from rlhf_ray.training.replay import save_batch
 
@@ -72,13 +72,18 @@ class UpdateHealth:
         if self._skipped < MOST_SKIPPED:
             return
         folder = self._run_dir / BAD_BATCHES / f"{self._trainer}_{step:06d}"
-        broken = [f"{name} ({count})" for name, count in save_batch(folder, batch, group, objective, metrics).items()]
-        found = f"; not finite in it: {', '.join(broken)}" if broken else ""
+        try:
+            counts = save_batch(folder, batch, group, objective, metrics)
+        except OSError as error:  # a full disk, say; why the run ends counts more
+            saved = f"The last batch could not be saved in {folder}: {shortened(error)}"
+        else:
+            broken = ", ".join(f"{name} ({count})" for name, count in counts.items())
+            saved = f"The last batch is saved in {folder}, to be read by rlhf_ray.training.replay.load_batch"
+            saved += f"; not finite in it: {broken}" if broken else ""
         raise BudgetExhausted(
             f"{self._trainer} trainer: {MOST_SKIPPED} updates in a row were skipped, because loss or gradient was not "
             f"finite (the last loss {metrics['loss']}, gradient norm {metrics['grad_norm']}); the weights are those of "
-            f"the last update that was taken. The last batch is saved in {folder}, to be read by "
-            f"rlhf_ray.training.replay.load_batch{found}. Lower the learning rate or max_grad_norm, or look for broken "
+            f"the last update that was taken. {saved}. Lower the learning rate or max_grad_norm, or look for broken "
             "data; the same command continues from the newest checkpoint"
         )
 

@@ -1,12 +1,14 @@
 """Copies of a run's checkpoints in a storage that fsspec reaches, for runs whose folder may be lost with its machine.
 
 The storage has the folders of the checkpoints as the run has them, and beside them `run.json`, which says whose they
-are. A manifest is uploaded last and removed first, so that what a crash leaves half there is no checkpoint.
+are, and the records of the steps before: metrics, ledger and samples. A manifest is uploaded last and removed first, so
+that what a crash leaves half there is no checkpoint.
 """
 
 import json
 import logging
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -29,6 +31,10 @@ from rlhf_ray.errors import CheckpointError, ConfigError, StageError, shortened
 logger = logging.getLogger(__name__)
 
 IDENTITY = "run.json"
+# What a run writes at each step, beside its checkpoints.
+FILES = ("metrics.jsonl", "ledger.jsonl")
+SAMPLES = "samples"
+RECORDS = (*FILES, SAMPLES)
 # Where a checkpoint is downloaded to; the store sweeps it after a crash.
 ARRIVING = ".step_arriving"
 
@@ -60,6 +66,8 @@ class CheckpointStorage:
             ) from error
         self._root = root.rstrip("/")
         self._damaged: set[str] = set()
+        self._since = time.time_ns()
+        self._copied: dict[str, int] = {}  # tables of samples by name, and when they were written
 
     def claim(self, identity: Mapping[str, Any]) -> None:
         """Make it this run's, if it is nobody's yet.
@@ -85,7 +93,7 @@ class CheckpointStorage:
             )
 
     def fetch(self, folder: Path) -> None:
-        """Download the newest whole checkpoint into the folder of a run that has none.
+        """Download the newest whole checkpoint into the folder of a run that has none, and the records that it lacks.
 
         Raises:
             StorageUnreachable: the storage cannot be reached.
@@ -100,6 +108,7 @@ class CheckpointStorage:
                 problem = self._download(name, arriving) or damage(arriving)
                 if problem is None:
                     arriving.rename(folder / name)
+                    self._fetch_records(folder.parent)
                     logger.info("fetched the checkpoint %s from %s", name, self.url)
                     break
                 logger.warning("%s/%s is damaged (%s); falling back to the one before", self.url, name, problem)
@@ -117,10 +126,13 @@ class CheckpointStorage:
     def copy(self, store: CheckpointStore, given_up: threading.Event) -> None:
         """Upload the checkpoints that are not there yet, the newest first, and remove old ones as the store does.
 
+        The records of the run go before them, so that they reach at least as far.
+
         What fails is warned about; the next call tries it again.
         """
         try:
             folders = checkpoint_folders(store.folder)[::-1]
+            self._copy_records(store.folder.parent, given_up)
             for folder in folders:
                 self._upload(folder, given_up)
             manifests = self._manifests()
@@ -136,6 +148,41 @@ class CheckpointStorage:
                 type(error).__name__,
                 shortened(error),
             )
+
+    def _copy_records(self, run: Path, given_up: threading.Event) -> None:
+        self._files.makedirs(self._root, exist_ok=True)
+        for name in FILES:
+            if (run / name).is_file():
+                # Replaced in one step: the checkpoints that are there need what is there.
+                self._files.put_file(str(run / name), self._path(f".{name}"))
+                self._files.mv(self._path(f".{name}"), self._path(name))
+        there = set(self._tables())
+        for file in sorted((run / SAMPLES).glob("*.parquet")):
+            written = file.stat().st_mtime_ns
+            # Those that an earlier process has copied stay, but for steps that are done again.
+            if file.name in there and (written < self._since or self._copied.get(file.name) == written):
+                continue
+            if given_up.is_set():
+                return
+            self._files.makedirs(self._path(SAMPLES), exist_ok=True)
+            self._files.put_file(str(file), self._path(f"{SAMPLES}/{file.name}"))
+            self._copied[file.name] = written
+
+    def _fetch_records(self, run: Path) -> None:
+        """Of the steps until the checkpoint and a few later ones, which the run forgets as it continues."""
+        names = [name for name in FILES if self._files.exists(self._path(name))]
+        names += [f"{SAMPLES}/{name}" for name in self._tables()]
+        for name in names:
+            if not (run / name).exists():
+                (run / name).parent.mkdir(exist_ok=True)
+                self._files.get_file(self._path(name), str(run / name))
+
+    def _tables(self) -> list[str]:
+        """The tables of samples that are there."""
+        if not self._files.exists(self._path(SAMPLES)):
+            return []
+        names = (path.rpartition("/")[2] for path in self._files.ls(self._path(SAMPLES), detail=False))
+        return sorted(name for name in names if name.endswith(".parquet"))
 
     def _upload(self, folder: Path, given_up: threading.Event) -> None:
         manifest = (folder / MANIFEST).read_bytes()

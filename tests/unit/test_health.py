@@ -69,6 +69,16 @@ def test_three_skipped_updates_in_a_row_end_the_run_with_their_batch(tmp_path):
     assert [len(one) for one in load_batch(folder)[0]] == [2, 3]
 
 
+def test_a_batch_that_cannot_be_saved_does_not_hide_why_the_run_ends(tmp_path):
+    (tmp_path / "bad_batches").write_text("a file where the folder should be")
+    health = UpdateHealth(tmp_path, "policy")
+    for step in (3, 4):
+        health.check(step, metrics(skipped=True), batch(math.inf), LanguageModeling(), None)
+    said = r"3 updates in a row were skipped.*The last batch could not be saved in .*policy_000005: "
+    with pytest.raises(BudgetExhausted, match=said):
+        health.check(5, metrics(skipped=True), batch(math.inf), LanguageModeling(), None)
+
+
 def test_weights_that_stand_still_raise_one_alarm(tmp_path, caplog):
     health = UpdateHealth(tmp_path, "critic")
     for unchanged in range(MOST_UNCHANGED + 5):

@@ -6,12 +6,13 @@ import signal
 import threading
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from rlhf_ray.config import from_dict
 from rlhf_ray.driver.checkpoint import CheckpointStore
 from rlhf_ray.driver.saving import Saver
-from rlhf_ray.driver.storage import StorageUnreachable
+from rlhf_ray.driver.storage import RECORDS, StorageUnreachable
 from rlhf_ray.errors import ActorDied, CheckpointError, ConfigError, RunStopped, StageError
 from rlhf_ray.stages.run import Run, open_run
 
@@ -240,7 +241,7 @@ def lose(tmp_path) -> None:
 
 
 def copied(tmp_path) -> list[str]:
-    return steps(tmp_path / "elsewhere" / "run")
+    return [name for name in steps(tmp_path / "elsewhere" / "run") if name not in RECORDS]
 
 
 def test_a_run_whose_folder_is_lost_continues_from_the_storage(tmp_path, url):
@@ -254,6 +255,35 @@ def test_a_run_whose_folder_is_lost_continues_from_the_storage(tmp_path, url):
         take_steps(run, Trainer(), 5)
     assert copied(tmp_path) == ["run.json", "step_000004", "step_000005"]
     assert steps(tmp_path / "run" / "checkpoints") == ["step_000004", "step_000005"]
+
+
+def test_metrics_ledger_and_samples_are_not_lost_with_the_folder(tmp_path, url):
+    def take(run: Run, total: int, word: str, stop_at: int | None = None) -> None:
+        with run.saving():
+            for step in run.begin(total, []):
+                run.log(step, {"loss": 1.0 + step}, [{"uid": f"{word} {step}"}])
+                with run.directory.ledger.open("a") as file:
+                    file.write(json.dumps({"event": "trained", "iteration": step}) + "\n")
+                if step == stop_at:
+                    terminate()
+                run.checkpoint_if_due(step, {"step": step}, Trainer().save)
+
+    def uids(folder: Path) -> list[str]:
+        return [pq.read_table(file)["uid"][0].as_py() for file in sorted((folder / "samples").glob("*.parquet"))]
+
+    with pytest.raises(RunStopped), open_stage(tmp_path, checkpoint_every=1, checkpoint_storage=url) as run:
+        take(run, 9, "first", stop_at=2)
+    lose(tmp_path)
+    # What came after the newest whole checkpoint is done again, and replaces what is there.
+    flip(tmp_path / "elsewhere" / "run" / "step_000003")
+    with open_stage(tmp_path, checkpoint_every=1, checkpoint_storage=url) as run:
+        assert run.start_step == 2
+        take(run, 4, "second")
+        assert [row["step"] for row in run.directory.read_metrics()] == [0, 1, 2, 3]
+    expected = ["first 0", "first 1", "second 2", "second 3"]
+    assert uids(tmp_path / "run") == uids(tmp_path / "elsewhere" / "run") == expected
+    for name in RECORDS[:2]:
+        assert (tmp_path / "elsewhere" / "run" / name).read_text() == (tmp_path / "run" / name).read_text() != ""
 
 
 def test_the_best_is_kept_there_too(tmp_path, url):
