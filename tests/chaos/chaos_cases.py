@@ -18,6 +18,7 @@ from typing import Any
 from chaos_runs import Case, Place
 from hosts import HEAD, cluster, link, network, run
 
+from rlhf_ray.config import PPOConfig
 from rlhf_ray.runtime.chaos import HAPPENED, Event
 
 SHORT_LIMIT_S = 5.0  # of a reward function
@@ -33,8 +34,8 @@ def killed(actor: str, state: str, count: int, name: str = "failure", **how: Any
 
 
 @contextmanager
-def nodes(folder: Path, *, engines: int = 0, trainers: int = 0, cpus: float, returns: bool = False, **head: Any):
-    """A cluster of nodes on this machine: a head with so many CPUs, and nodes for one process each, by their role.
+def nodes(folder: Path, *, engines: int = 0, trainers: int = 0, cpus: int, returns: bool = False, **head: Any):
+    """A cluster of nodes on this machine: a head with so many CPUs, and nodes with one CPU each, by their role.
 
     One that goes down comes back if it `returns`.
     """
@@ -43,7 +44,7 @@ def nodes(folder: Path, *, engines: int = 0, trainers: int = 0, cpus: float, ret
     cluster = Cluster()
 
     def add(role: str) -> None:
-        cluster.add_node(num_cpus=0.25, labels={"role": role}, object_store_memory=100 * 2**20)
+        cluster.add_node(num_cpus=1, labels={"role": role}, object_store_memory=100 * 2**20)
 
     def bring_back(role: str) -> None:
         while not list(folder.glob(f"*{HAPPENED}")):
@@ -192,6 +193,11 @@ def _back(engine: str, after: str = "failure") -> tuple[Event, Event]:
     )
 
 
+def _labels(**roles: str) -> dict[str, dict[str, str]]:
+    """Where the processes of each group belong: to nodes of a role, the others to the head."""
+    return {group: {"role": roles.get(group, "head")} for group in PPOConfig.groups}
+
+
 def _of_engine(name: str, happens: str, failure: Event, **more: Any) -> Case:
     return Case(f"engine-{name}", happens, (failure, *_back(failure.victim or failure.actor)), **more)
 
@@ -284,15 +290,15 @@ NODES = [
         "node-engine",
         "the node of one of two engines goes down while it samples",
         (killed("rollout-1", "tokens", 4, action="kill node"),),
-        only_here={"placement": {"labels": {"rollout": {"role": "engine"}}, "spread": ["rollout"]}},
-        around=partial(nodes, cpus=1.0, engines=2),
+        only_here={"placement": {"labels": _labels(rollout="engine"), "spread": ["rollout"]}},
+        around=partial(nodes, cpus=1, engines=2),
     ),
     Case(
         "node-policy",
         f"the policy's node goes down in backward; another comes {BACK_S:g} s later",
         (killed("policy-0", "backward", 3, action="kill node"),),
-        only_here={"placement": {"labels": {"policy": {"role": "trainer"}, "rollout": {"role": "head"}}}},
-        around=partial(nodes, cpus=1.5, trainers=1, returns=True),
+        only_here={"placement": {"labels": _labels(policy="trainer")}},
+        around=partial(nodes, cpus=2, trainers=1, returns=True),
     ),
 ]
 NODES += [
@@ -300,13 +306,7 @@ NODES += [
         f"network-{name}",
         f"the host of one of two engines is cut off while it samples, for {seconds} s",
         (killed("rollout-1", "tokens", 4, action="stop"),),
-        only_here={
-            "placement": {
-                "labels": {group: {"role": "head"} for group in ("policy", "critic", "reference", "reward")}
-                | {"rollout": {"role": "engine"}},
-                "spread": ["rollout"],
-            }
-        },
+        only_here={"placement": {"labels": _labels(rollout="engine"), "spread": ["rollout"]}},
         around=partial(hosts, cut_for_s=seconds),
     )
     for name, seconds in (("blink", 5), ("cut", 90))
