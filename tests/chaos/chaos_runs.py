@@ -234,7 +234,7 @@ from ray.util.placement_group import placement_group_table
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 held = [f"placement group {key}" for key, one in placement_group_table().items() if one["state"] != "REMOVED"]
 held += [f"actor {one['name']}" for one in ray.util.list_named_actors(all_namespaces=True)]
-print("\\n".join(held))
+print(*held, sep="\\n", end="")
 """
 
 
