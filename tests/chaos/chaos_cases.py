@@ -41,7 +41,8 @@ def nodes(folder: Path, *, engines: int = 0, trainers: int = 0, cpus: int, retur
     """
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster()
+    # Handlers of signals can be set in the main thread alone, and the node that comes back is added by another.
+    cluster = Cluster(shutdown_at_exit=not returns)
 
     def add(role: str) -> None:
         cluster.add_node(num_cpus=1, labels={"role": role}, object_store_memory=100 * 2**20)
