@@ -74,10 +74,10 @@ def network(names: Iterable[str]) -> Iterator[None]:
 
 
 @contextmanager
-def cluster(folder: Path, roles: dict[str, str]) -> Iterator[list[int]]:
-    """Ray on every host, the head first; yields their processes when all have joined."""
+def cluster(folder: Path, roles: dict[str, str], **variables: str) -> Iterator[list[int]]:
+    """Ray on every host, the head first, with such variables; yields their processes when all have joined."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path}
+    environment = os.environ | {"PATH": path} | variables
     hosts: list[subprocess.Popen] = []
     try:
         for number, (name, role) in enumerate(roles.items()):
