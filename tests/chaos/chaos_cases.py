@@ -180,7 +180,8 @@ HANGS = {"run": {"min_timeout_s": 10.0}}
 
 def _function(name: str) -> dict[str, dict[str, Any]]:
     item = {"path": f"chaos_rewards:{name}", "timeout_s": SHORT_LIMIT_S, "min_scored": 0.01}
-    return {"reward": {"functions": [item]}}
+    # A call that fails takes all responses with it that are scored together: a few of an iteration's.
+    return {"reward": {"functions": [item]}, "reference": {"cpus": 0.25, "micro_batch_tokens": 64}}
 
 
 def _of_function(name: str, happens: str) -> Case:
