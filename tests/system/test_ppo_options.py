@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,12 @@ class Shared:
 
 def functions_only(inputs: Inputs, name: str, **sections: dict[str, Any]) -> PPOConfig:
     """No reward model: a function alone, and a critic from the policy."""
-    reward = {"models": [], "functions": [{"path": "reward_functions:low_tokens"}]}
+    sections["reward"] = {"models": [], "functions": [{"path": "reward_functions:low_tokens"}]} | sections.get(
+        "reward", {}
+    )
     sections["critic"] = {"init": "policy"} | sections.get("critic", {})
     sections["ppo"] = {"iterations": 2, "kl_coef": 0.0} | sections.get("ppo", {})
-    return inputs.config(name, reward=reward, **sections)
+    return inputs.config(name, **sections)
 
 
 def random_responses() -> list[Sequence]:
@@ -84,7 +86,12 @@ def random_responses() -> list[Sequence]:
 
 @pytest.fixture(scope="module")
 def shared(ray_cluster: None, inputs: Inputs) -> Iterator[Shared]:
-    config = functions_only(inputs, "shared", placement={"share": [["policy", "rollout"]]})
+    with sharing(inputs, functions_only(inputs, "shared", placement={"share": [["policy", "rollout"]]})) as shared:
+        yield shared
+
+
+@contextmanager
+def sharing(inputs: Inputs, config: PPOConfig) -> Iterator[Shared]:
     tokenizer = AutoTokenizer.from_pretrained(inputs.policy)
     with ExitStack() as stack:
         directory = stack.enter_context(RunDirectory(config.run.dir))
@@ -282,14 +289,18 @@ def test_a_run_that_loses_too_many_samples_ends_with_a_checkpoint_of_its_last_wh
     assert [one.problem for one in verify(Path(config.run.dir)) if one.problem] == []
 
 
-def test_prompts_set_aside_take_the_place_of_those_that_a_function_fails_on(shared: Shared):
-    function = {"path": "reward_functions:scarce", "min_scored": 0.25}
+def test_prompts_set_aside_take_the_place_of_those_that_a_function_fails_on(ray_cluster: None, inputs: Inputs):
+    reward = {"functions": [{"path": "reward_functions:scarce", "min_scored": 0.25}]}
+    with sharing(inputs, functions_only(inputs, "scarce", reward=reward)) as shared:
+        check_spares(shared, reward)
+
+
+def check_spares(shared: Shared, reward: dict[str, Any]) -> None:
     rows = {}
     for name, staleness in (("spare", 0), ("spare-ahead", 1)):
         config = shared.config(
             name,
-            reward={"models": [], "functions": [function]},
-            critic={"init": "policy"},
+            reward=reward,
             rollout={"samples_per_prompt": 1},
             ppo={"iterations": 3, "prompts_per_iteration": 6, "spare_prompts": 6, "max_staleness": staleness},
         )
