@@ -47,6 +47,14 @@ Iterations with `ppo.max_staleness` above 0, beside the same without, measured b
 and of all the rest.
 """
 
+CHECKPOINTS = """
+## Checkpoints
+
+Iterations with a checkpoint after each: policy and critic with their optimizers' states. "Waited": until the ranks have
+copied their state in memory, and until the checkpoint before is complete. Files are written, sealed and renamed while
+the next iteration goes on, on the same cores.
+"""
+
 PEERS = """
 ## Beside TRL
 
@@ -106,6 +114,13 @@ means over the seeds and over three iterations; the first panel shows responses 
 that the delay itself is left out.
 
 ![Learning from stale samples](staleness.svg)
+"""
+
+SOAK = """
+## Memory over a run
+
+Resident memory of each process of PPO of [the demonstration](demo.md), with that of its children, as the run goes on.
+"Growth" is the slope of a line through the second half of the iterations. `python benchmarks/soak.py`.
 """
 
 MEMORY = """
@@ -174,6 +189,27 @@ def iteration(reports: list[dict[str, Any]]) -> list[str]:
 def _cores(report: dict[str, Any]) -> str:
     """Where an engine has a core of its own and the others another, that is said; all use all cores otherwise."""
     return "one, others another" if "placement.cores" in report["command"] else "all"
+
+
+def checkpoints(reports: list[dict[str, Any]]) -> list[str]:
+    """Runs of `rlhf-ray bench iteration` with a checkpoint after each iteration, a row each."""
+    names = ("workload", "precision", "iteration, s", "waited, s", "waited / iteration")
+    lines = [*_commands(reports), *_header(*names)]
+    for report in reports:
+        cells = [report["workload"].upper(), report["dtype"], _spread(report["iteration_s"], "{:.2f}")]
+        cells += [_spread(report["parts_s"]["checkpoint"], "{:.3f}"), _spread(report["checkpoint_share"], "{:.1%}")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def soak(report: dict[str, Any]) -> list[str]:
+    """A run of `benchmarks/soak.py`, a row for each process."""
+    lines = [*_commands([report]), f"\n{report['iterations']} iterations."]
+    lines += _header("process", "MiB at half of them", "at the end", "growth, MiB in 100 iterations")
+    for name, row in report["processes"].items():
+        figures = (f"{row[key]:.1f}" for key in ("half_mib", "end_mib", "growth_mib_per_100"))
+        lines.append("| " + " | ".join([name, *figures]) + " |")
+    return lines
 
 
 def ahead(reports: list[dict[str, Any]]) -> list[str]:
@@ -345,9 +381,12 @@ def page() -> str:
     for report in measured:
         lines += rollout(report)
     iterations = [report for report in reports.values() if report.get("benchmark") == "iteration"]
-    in_turns = [report for report in iterations if "bare_s" in report]
+    saved = [report for report in iterations if "run.checkpoint_every=1" in report["command"]]
+    in_turns = [report for report in iterations if "bare_s" in report and report not in saved]
     if in_turns:
         lines += [ITERATION.rstrip(), *iteration(in_turns)]
+    if saved:
+        lines += [CHECKPOINTS.rstrip(), *checkpoints(saved)]
     sampling_ahead = [report for report in iterations if "in_turns_s" in report]
     if sampling_ahead:
         lines += [AHEAD.rstrip(), *ahead(sampling_ahead)]
@@ -364,6 +403,8 @@ def page() -> str:
         lines += [THROUGHPUT.rstrip(), *throughput(reports["throughput"])]
     if "staleness" in reports:
         lines += [STALENESS.rstrip(), *staleness(reports["staleness"])]
+    if "soak" in reports:
+        lines += [SOAK.rstrip(), *soak(reports["soak"])]
     lines += [MEMORY.rstrip(), *memory(reports["memory"])]
     return "\n".join(lines) + "\n"
 

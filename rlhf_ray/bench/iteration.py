@@ -38,7 +38,8 @@ from rlhf_ray.tracking.timeline import Timeline, cut, iterations, nobody_busy, r
 logger = logging.getLogger(__name__)
 
 SCORING = ("log-probabilities", "scores", "forward")
-PARTS = ("generate", "score", "advantages", "train", "transfer")
+# The last is what the loop waited for the checkpoint before the iteration.
+PARTS = ("generate", "score", "advantages", "train", "transfer", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,7 @@ def _summary(rows: list[dict[str, float]]) -> dict[str, Any]:
         "parts_s": {name: spread([row[name] for row in rows]) for name in PARTS},
         "nobody_busy": spread([row["nobody_busy"] for row in rows]),
         "scoring_hidden": spread([row["scoring_hidden"] for row in rows]),
+        "checkpoint_share": spread([row["checkpoint"] / row["iteration"] for row in rows]),
     }
 
 
