@@ -20,7 +20,7 @@ from typing import Any
 sys.path.extend(str(Path(__file__).resolve().parents[1] / "tests" / name) for name in ("unit", "system", "chaos"))
 
 from chaos_cases import CASES
-from chaos_runs import Runs
+from chaos_runs import Runs, late
 
 from rlhf_ray.bench.report import circumstances, write
 
@@ -54,7 +54,9 @@ def main() -> int:
                 continue
             found = []
             for _ in range(arguments.runs):
-                found.append(_kept(runs.run(case), folder))
+                made = runs.run(case)
+                made["problems"] += late(case, made)
+                found.append(_kept(made, folder))
                 print(_line(case.name, found[-1]), flush=True)
                 wrong += bool(found[-1]["problems"])
             if arguments.out:

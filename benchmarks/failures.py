@@ -55,6 +55,7 @@ model, a checkpoint an iteration. Each process is struck in the state that the c
 * *Noticed*: until the driver's log says so; for the driver itself, until its process is gone.
 * *At work again*: until its successor begins its first piece of the same work; a dash where there was none before the
   run ended.
+* *Start-up*: of that successor, or of its whole group's processes where they all started at once.
 * *Lost*: how much longer the whole run took, which is the start of processes for the most part.
 * *Again*: iterations that were begun once more, and responses that another engine took over.
 * *Outcome*: "equal" is a completed run with every metric, sample and weight of the undisturbed one, bit for bit, that
@@ -73,7 +74,7 @@ def page() -> str:
     report = json.loads(RESULTS.read_text())
     cases = report["cases"]
     lines = [HEAD.rstrip(), "", TABLE.rstrip(), *_machines(cases), ""]
-    names = ("what happens", "noticed after, s", "at work again after, s", "lost, s", "again", "outcome")
+    names = ("what happens", "noticed after, s", "at work again after, s", "start-up, s", "lost, s", "again", "outcome")
     lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     lines += [_row(case) for case in cases]
     wrong = [f"* {case['happens']}: {problem}" for case in cases for one in case["runs"] for problem in one["problems"]]
@@ -84,7 +85,7 @@ def page() -> str:
 
 def _row(case: dict[str, Any]) -> str:
     runs = case["runs"]
-    cells = [case["happens"], *(_events(runs, key) for key in ("noticed_s", "recovered_s"))]
+    cells = [case["happens"], *(_events(runs, key) for key in ("noticed_s", "recovered_s", "start_up_s"))]
     cells += [_spread([one["lost_s"] for one in runs]), _again(runs), _outcome(case)]
     return "| " + " | ".join(cells) + " |"
 

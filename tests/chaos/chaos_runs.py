@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CLOCK = ("time/", "rollout/tokens_per_second", "rollout/engines")
 RUN_LIMIT_S = 600.0
 LAST = 5  # iterations whose reward is averaged
+NOTICED_WITHIN_S = 5.0  # of a death, or of the deadline of a hang
 END_S = 30.0  # for Ray's processes to end after their driver
 # The span that shows that the successor of a process works.
 WORK = {
@@ -47,7 +48,7 @@ WORK = {
 HELPERS = ("mark", "hold")  # what strikes nobody
 # States of the driver in which an iteration is not finished.
 WITHIN_ITERATION = ("iteration", "wait", "generate", "advantages", "train", "transfer")
-LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) ([A-Z]+) (rlhf_ray[\w.]*: .*)")
+LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) ([A-Z]+ rlhf_ray[\w.]*: .*)")
 # Of the supervisor, which says of every process what becomes of it.
 NOTICED = re.compile(r"\b(dead|died|suspect|no sign)\b")
 HANDED_OVER = re.compile(r"(\d+) responses go to")
@@ -279,6 +280,26 @@ def problems(case: Case, found: dict[str, Any]) -> list[str]:
     return wrong
 
 
+def late(case: Case, found: dict[str, Any]) -> list[str]:
+    """What was not noticed, or not in service again, as soon as it should be. For machines that do nothing else."""
+    wrong = []
+    limits = found["config"].run
+    for event in case.events:
+        one = next((row for row in found["events"] if row["name"] == event.name), None)
+        if one is None:
+            continue
+        # A process that is stopped gives no sign; that of a host that is cut off goes on, and owes an answer.
+        deadline = limits.min_timeout_s if case.around is None else limits.timeout_s
+        hang = deadline if event.action == "stop" else 0.0
+        if one.get("noticed_s", 0.0) > hang + NOTICED_WITHIN_S:
+            wrong.append(f"{event.name} was noticed after {one['noticed_s']:.1f} s")
+        within = hang + NOTICED_WITHIN_S + 2 * one.get("start_up_s", math.inf)
+        last_of_victim = [row for row in found["events"] if row["victim"] == one["victim"]][-1] is one
+        if one["victim"].startswith("rollout") and last_of_victim and one.get("recovered_s", 0.0) > within:
+            wrong.append(f"{one['victim']} was in service again after {one['recovered_s']:.1f} s")
+    return wrong
+
+
 def _last_lines(output: str) -> str:
     return " | ".join(output.strip().splitlines()[-4:])[-600:]
 
@@ -311,7 +332,10 @@ def _weights(run: Path) -> dict[str, str]:
 
 
 def _event(event: Event, folder: Path, run: Path, ends: list[float]) -> dict[str, Any]:
-    """When an event happened, was noticed and was made up for, in seconds after it; without "time" it did not."""
+    """When an event happened, was noticed and was made up for, in seconds after it; without "time" it did not.
+
+    And how long its successor took to start.
+    """
     found: dict[str, Any] = {"name": event.name, "victim": event.victim or event.actor, "state": event.state}
     file = folder / f"{event.name}{HAPPENED}"
     if not file.is_file():
@@ -325,6 +349,7 @@ def _event(event: Event, folder: Path, run: Path, ends: list[float]) -> dict[str
     if said:
         found["noticed_s"], found["line"] = said[0][0] - at, said[0][1][:300]
     work = WORK[group_of(found["victim"])]
+    started = re.compile(rf" {found['victim']}: (?:stale|serving), was starting for ([\d.]+) s")
     again = [
         row["start"]
         for row in spans_of(run, found["victim"])
@@ -332,6 +357,10 @@ def _event(event: Event, folder: Path, run: Path, ends: list[float]) -> dict[str
     ]
     if again:
         found["recovered_s"] = min(again) - at
+    if starts := [
+        float(match[1]) for when, line in _driver_lines(run) if when > at and (match := started.search(line))
+    ]:
+        found["start_up_s"] = starts[0]
     # An iteration that was broken off is begun again, and its last span is the one that counts.
     ends_of = {row["iteration"]: row["end"] for row in spans_of(run, "driver") if row["name"] == "iteration"}
     if finished := [end for end in ends_of.values() if end >= at]:
@@ -341,12 +370,21 @@ def _event(event: Event, folder: Path, run: Path, ends: list[float]) -> dict[str
 
 def warnings_of(run: Path) -> list[tuple[float, str]]:
     """What the driver had to say above what it always says, and when."""
+    return [
+        (when, line)
+        for when, line in _driver_lines(run)
+        if line.startswith(("WARNING", "ERROR", "CRITICAL")) or NOTICED.search(line)
+    ]
+
+
+def _driver_lines(run: Path) -> list[tuple[float, str]]:
+    """Its log: when, and what from the level on."""
     log = run / "logs" / "driver.log"
     lines = [LINE.fullmatch(line) for line in log.read_text(errors="replace").splitlines()] if log.is_file() else []
     return [
-        (time.mktime(time.strptime(line[1], "%Y-%m-%d %H:%M:%S")) + int(line[2]) / 1000, line[4])
+        (time.mktime(time.strptime(line[1], "%Y-%m-%d %H:%M:%S")) + int(line[2]) / 1000, line[3])
         for line in lines
-        if line and (line[3] in ("WARNING", "ERROR", "CRITICAL") or NOTICED.search(line[4]))
+        if line
     ]
 
 
