@@ -60,12 +60,14 @@ model, a checkpoint an iteration. Each process is struck in the state that the c
 * *Again*: iterations that were begun once more, and responses that another engine took over.
 * *Outcome*: "equal" is a completed run with every metric, sample and weight of the undisturbed one, bit for bit, that
   `rlhf-ray verify` has nothing against and that left no process behind. "Completed" is the same but for the numbers,
-  which differ where samples are left out of training or sampled ahead.
+  which differ where samples are left out of training or sampled ahead. "Ends" is a run that gives up as it should, with
+  a checkpoint of all iterations that it trained.
 
 `python -m benchmarks.chaos --out benchmarks/results/chaos.json` measures, `python benchmarks/failures.py` makes this
 page. The middle of several runs stands first, the least and the largest in brackets.
 """
 
+BUDGET_EXHAUSTED = 3  # the exit code
 MOST_EVENTS = 3  # whose figures fit a cell
 
 
@@ -115,6 +117,8 @@ def _again(runs: list[dict[str, Any]]) -> str:
 
 def _outcome(case: dict[str, Any]) -> str:
     good = sum(not one["problems"] for one in case["runs"])
+    if set(case["runs"][0]["exit_codes"]) == {BUDGET_EXHAUSTED}:
+        return f"ends, exit code {BUDGET_EXHAUSTED}" if good == len(case["runs"]) else "wrong"
     word = "equal" if case["equal"] else "completed"
     if case["runs"][0]["rewards"] and not case["equal"]:
         rewards = [one["rewards"] for one in case["runs"]]

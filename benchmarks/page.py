@@ -381,7 +381,7 @@ def page() -> str:
     for report in measured:
         lines += rollout(report)
     iterations = [report for report in reports.values() if report.get("benchmark") == "iteration"]
-    saved = [report for report in iterations if "run.checkpoint_every=1" in report["command"]]
+    saved = [report for report in iterations if "run.checkpoint_every=1" in report["command"].split()]
     in_turns = [report for report in iterations if "bare_s" in report and report not in saved]
     if in_turns:
         lines += [ITERATION.rstrip(), *iteration(in_turns)]

@@ -69,10 +69,9 @@ def _commit() -> str | None:
     """Of the checkout that the package is used from; marked where files were changed since."""
     folder = Path(__file__).parent
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=folder, capture_output=True, text=True
-        )
-    except OSError:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        described = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
         return None
     return described.stdout.strip() or None
 

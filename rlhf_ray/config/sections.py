@@ -79,7 +79,7 @@ class RunSection(Section):
     checkpoint_storage: str | None = Field(
         default=None,
         min_length=1,
-        description="Where copies of checkpoints, metrics and samples go, for runs whose folder may be lost: "
+        description="Where copies of checkpoints, metrics, ledger and samples go, for runs whose folder may be lost: "
         "`s3://...`, `gs://...` or any other URL of fsspec, a folder for this run alone.",
     )
     grace_s: float = Field(

@@ -9,6 +9,8 @@ from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from rlhf_ray.errors import BudgetExhausted, shortened
 from rlhf_ray.packing import Sequence
 from rlhf_ray.training.replay import save_batch
@@ -74,7 +76,7 @@ class UpdateHealth:
         folder = self._run_dir / BAD_BATCHES / f"{self._trainer}_{step:06d}"
         try:
             counts = save_batch(folder, batch, group, objective, metrics)
-        except OSError as error:  # a full disk, say; why the run ends counts more
+        except (OSError, SafetensorError) as error:  # a full disk, say; why the run ends counts more
             saved = f"The last batch could not be saved in {folder}: {shortened(error)}"
         else:
             broken = ", ".join(f"{name} ({count})" for name, count in counts.items())

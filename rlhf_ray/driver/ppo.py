@@ -10,6 +10,7 @@ not over responses; a response cut at its limit is bootstrapped with the critic'
 import logging
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from rlhf_ray.driver.experience import Experience, build_experience
 from rlhf_ray.driver.groups import Groups
 from rlhf_ray.driver.health import UpdateHealth, mismatch_alarm
 from rlhf_ray.driver.ledger import Ledger
-from rlhf_ray.driver.rollouts import Batch, Rollouts, set_aside
+from rlhf_ray.driver.rollouts import Batch, Rollouts
 from rlhf_ray.errors import BudgetExhausted
 from rlhf_ray.models.reading import StateValues, TokenLogprobs
 from rlhf_ray.packing import Sequence
@@ -44,8 +45,15 @@ logger = logging.getLogger(__name__)
 class PPOLoop:
     """One PPO run over running groups."""
 
-    def __init__(self, config: PPOConfig, run: Run, groups: Groups, prompts: list[Prompt], ptx: list[Sequence]) -> None:
-        prompts, spares = set_aside(prompts, config.ppo.spare_prompts, config.run.seed)
+    def __init__(
+        self,
+        config: PPOConfig,
+        run: Run,
+        groups: Groups,
+        prompts: list[Prompt],
+        ptx: list[Sequence],
+        spares: Items[Prompt] = (),
+    ) -> None:
         self.config = config
         self.run = run
         self.groups = groups
@@ -88,9 +96,7 @@ class PPOLoop:
         """One iteration, from prompts to engines that serve the new weights; returns its metrics."""
         self.timings, self.iteration = {}, iteration
         with self._timed("iteration"):
-            self._resize()
-            with self._timed("wait"):
-                batch = self._take(iteration)
+            batch = self._take(iteration)
             staleness = batch.staleness(self.version, self.config.ppo.max_staleness)
             self.groups.turns.to_trainers()
             with self._timed("advantages"):
@@ -117,9 +123,11 @@ class PPOLoop:
         return metrics
 
     def _take(self, iteration: int) -> Batch:
-        """Wait for the batch of an iteration; what is trained so far is saved if there will be none."""
+        """Have the engines that are asked for, and their batch; what is trained is saved if there will be none."""
         try:
-            return self.rollouts.take(iteration, meanwhile=self._tend)
+            self._resize()
+            with self._timed("wait"):
+                return self.rollouts.take(iteration, meanwhile=self._tend)
         except BudgetExhausted:
             if self.done is not None:
                 self.run.checkpoint_at_the_end(*self.done)

@@ -9,7 +9,7 @@ on. Which one depends on the seed, the iteration and how many failed alone: the 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +37,8 @@ class Batch:
     Attributes:
         order: the data order's state after its prompts were drawn, where a run that continues goes on.
         epoch: epochs drawn by then.
-        generate_s: seconds from its start to the last response.
-        score_s: seconds from there until all were scored.
+        generate_s: seconds from its start to the last response; of each round, where some were sampled for others.
+        score_s: seconds from there until all were scored, likewise.
     """
 
     iteration: int
@@ -95,7 +95,7 @@ class Rollouts:
         config: PPOConfig,
         groups: Groups,
         prompts: list[Prompt],
-        spares: list[Prompt],
+        spares: Sequence[Prompt],
         ledger: Ledger,
         activity: Activity,
     ) -> None:
@@ -148,16 +148,17 @@ class Rollouts:
         """Sample and score: reference, rewards and critic work while other responses are still being sampled."""
         started = time.monotonic()
         drawn, iteration = draw.drawn, draw.drawn.iteration
-        sampled = started
+        generate_s = 0.0
 
         def stream(requests: list[SampleRequest]) -> Iterator[list[Trajectory]]:
-            nonlocal sampled
+            nonlocal generate_s
+            begun = time.monotonic()
             with self._activity.busy("generate", iteration=iteration):
                 self._ledger.dispatch(drawn)
                 for finished in self._groups.rollout.generate(requests):
                     self._ledger.complete(drawn, [(one.uid, one.sample) for one in finished])
                     yield finished
-            sampled = time.monotonic()
+            generate_s += time.monotonic() - begun
 
         # Responses that wait for their turn to train get the values of the critic of that time.
         with_values = self._config.ppo.max_staleness == 0
@@ -170,7 +171,8 @@ class Rollouts:
             self._groups.scorer.check_shares(scored)
             requests, prompts = self._spare_requests(iteration, scored)
             self._ledger.replace(drawn, [(one.uid, one.sample) for one in requests])
-        return Batch(iteration, scored, draw.order, draw.epoch, sampled - started, time.monotonic() - sampled)
+        score_s = time.monotonic() - started - generate_s
+        return Batch(iteration, scored, draw.order, draw.epoch, generate_s, score_s)
 
     def _spare_requests(
         self, iteration: int, scored: list[ScoredTrajectory]

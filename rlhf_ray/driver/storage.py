@@ -8,7 +8,6 @@ that what a crash leaves half there is no checkpoint.
 import json
 import logging
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -37,6 +36,7 @@ SAMPLES = "samples"
 RECORDS = (*FILES, SAMPLES)
 # Where a checkpoint is downloaded to; the store sweeps it after a crash.
 ARRIVING = ".step_arriving"
+ARRIVING_FILE = ".arriving"  # after the name of a record on its way
 
 
 class StorageUnreachable(StageError):
@@ -48,6 +48,9 @@ class CheckpointStorage:
 
     Args:
         url: where they are, such as s3://bucket/path; a run has a folder of its own there.
+
+    Attributes:
+        start_step: where this process begins; it writes the samples of later steps anew.
 
     Raises:
         ConfigError: fsspec knows no such storage, or needs a package for it.
@@ -66,7 +69,7 @@ class CheckpointStorage:
             ) from error
         self._root = root.rstrip("/")
         self._damaged: set[str] = set()
-        self._since = time.time_ns()
+        self.start_step = 0
         self._copied: dict[str, int] = {}  # tables of samples by name, and when they were written
 
     def claim(self, identity: Mapping[str, Any]) -> None:
@@ -107,8 +110,9 @@ class CheckpointStorage:
                 remove(folder / ARRIVING)
                 problem = self._download(name, arriving) or damage(arriving)
                 if problem is None:
-                    arriving.rename(folder / name)
+                    # Last, so that a run that has a checkpoint has its records, too.
                     self._fetch_records(folder.parent)
+                    arriving.rename(folder / name)
                     logger.info("fetched the checkpoint %s from %s", name, self.url)
                     break
                 logger.warning("%s/%s is damaged (%s); falling back to the one before", self.url, name, problem)
@@ -132,7 +136,7 @@ class CheckpointStorage:
         """
         try:
             folders = checkpoint_folders(store.folder)[::-1]
-            self._copy_records(store.folder.parent, given_up)
+            self._try_records(store.folder.parent, given_up)
             for folder in folders:
                 self._upload(folder, given_up)
             manifests = self._manifests()
@@ -142,31 +146,49 @@ class CheckpointStorage:
                 if step not in kept and not given_up.is_set():
                     self._remove(f"step_{step:06d}")
         except Exception as error:  # each storage has errors of its own
-            logger.warning(
-                "cannot copy checkpoints to %s (%s: %s); the next checkpoint tries again",
-                self.url,
-                type(error).__name__,
-                shortened(error),
-            )
+            self._failed("checkpoints", error)
+
+    def _failed(self, what: str, error: Exception) -> None:
+        logger.warning(
+            "cannot copy %s to %s (%s: %s); the next checkpoint tries again",
+            what,
+            self.url,
+            type(error).__name__,
+            shortened(error),
+        )
+
+    def _try_records(self, run: Path, given_up: threading.Event) -> None:
+        try:
+            self._copy_records(run, given_up)
+        except Exception as error:  # each storage has errors of its own, and checkpoints count more
+            self._failed("metrics, ledger and samples", error)
 
     def _copy_records(self, run: Path, given_up: threading.Event) -> None:
         self._files.makedirs(self._root, exist_ok=True)
         for name in FILES:
             if (run / name).is_file():
-                # Replaced in one step: the checkpoints that are there need what is there.
-                self._files.put_file(str(run / name), self._path(f".{name}"))
-                self._files.mv(self._path(f".{name}"), self._path(name))
-        there = set(self._tables())
+                self._replace(run / name, name)
+        there = self._tables()
         for file in sorted((run / SAMPLES).glob("*.parquet")):
-            written = file.stat().st_mtime_ns
-            # Those that an earlier process has copied stay, but for steps that are done again.
-            if file.name in there and (written < self._since or self._copied.get(file.name) == written):
+            about = file.stat()
+            of_this_process = file.name >= f"step_{self.start_step:06d}"
+            if of_this_process:
+                known = self._copied.get(file.name) == about.st_mtime_ns
+            else:
+                known = there.get(file.name) == about.st_size
+            if known:
                 continue
             if given_up.is_set():
                 return
             self._files.makedirs(self._path(SAMPLES), exist_ok=True)
-            self._files.put_file(str(file), self._path(f"{SAMPLES}/{file.name}"))
-            self._copied[file.name] = written
+            self._replace(file, f"{SAMPLES}/{file.name}")
+            self._copied[file.name] = about.st_mtime_ns
+
+    def _replace(self, file: Path, name: str) -> None:
+        """Upload a file in place of what is there, in one step: the checkpoints that are there need it."""
+        arriving = self._path(f"{name}{ARRIVING_FILE}")
+        self._files.put_file(str(file), arriving)
+        self._files.mv(arriving, self._path(name))
 
     def _fetch_records(self, run: Path) -> None:
         """Of the steps until the checkpoint and a few later ones, which the run forgets as it continues."""
@@ -175,14 +197,17 @@ class CheckpointStorage:
         for name in names:
             if not (run / name).exists():
                 (run / name).parent.mkdir(exist_ok=True)
-                self._files.get_file(self._path(name), str(run / name))
+                arriving = run / f"{name}{ARRIVING_FILE}"
+                self._files.get_file(self._path(name), str(arriving))
+                arriving.rename(run / name)
 
-    def _tables(self) -> list[str]:
-        """The tables of samples that are there."""
+    def _tables(self) -> dict[str, int]:
+        """The tables of samples that are there, with their sizes in bytes."""
         if not self._files.exists(self._path(SAMPLES)):
-            return []
-        names = (path.rpartition("/")[2] for path in self._files.ls(self._path(SAMPLES), detail=False))
-        return sorted(name for name in names if name.endswith(".parquet"))
+            return {}
+        found = self._files.ls(self._path(SAMPLES), detail=True)
+        sizes = {one["name"].rpartition("/")[2]: one["size"] for one in found}
+        return {name: size for name, size in sorted(sizes.items()) if name.endswith(".parquet")}
 
     def _upload(self, folder: Path, given_up: threading.Event) -> None:
         manifest = (folder / MANIFEST).read_bytes()

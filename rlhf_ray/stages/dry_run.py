@@ -25,6 +25,7 @@ from rlhf_ray.data import (
 from rlhf_ray.data.formats import Content
 from rlhf_ray.data.readers import FOLDER_SUFFIXES
 from rlhf_ray.driver.groups import critic_model
+from rlhf_ray.driver.rollouts import set_aside
 from rlhf_ray.errors import ModelError, StageError
 from rlhf_ray.models.loading import (
     check_same_vocabulary,
@@ -213,7 +214,8 @@ def _data(config: StageConfig, tokenizer: Any) -> list[str]:
     else:
         rows = PROMPTS if isinstance(config, PPOConfig) else PREFERENCES
     data = config.data
-    lines = [_data_set("training", data.path, data, rows, data.max_tokens, tokenizer)]
+    spares = config.ppo.spare_prompts if isinstance(config, PPOConfig) else 0
+    lines = [_data_set("training", data.path, data, rows, data.max_tokens, tokenizer, spares)]
     if isinstance(data, DataSection) and data.eval_path is not None:
         lines.append(_data_set("held out", data.eval_path, data, rows, data.max_tokens, tokenizer))
     if isinstance(config, PPOConfig) and config.ppo.ptx_path is not None:
@@ -224,9 +226,9 @@ def _data(config: StageConfig, tokenizer: Any) -> list[str]:
 
 
 def _data_set(
-    role: str, path: str | list[str], data: RowsSection, rows: Format, max_tokens: int, tokenizer: Any
+    role: str, path: str | list[str], data: RowsSection, rows: Format, max_tokens: int, tokenizer: Any, spares: int = 0
 ) -> str:
-    """A line about one data set: where it is, its size and what would be used of it."""
+    """A line about one data set: where it is, its size and what would be used of it, `spares` set aside."""
     named = paths(path)
     where = ", ".join(named)
     hub = [name for name in named if is_hub_name(name)]
@@ -240,8 +242,10 @@ def _data_set(
         items, skipped = rows.parse(read, as_chat=data.as_chat, on_malformed=data.malformed)
         used = f"{len(read)} rows: {len(items)} used, {len(skipped) + len(read.skipped)} skipped as malformed"
     else:
-        _, report = rows.tokenise(read, tokenizer, max_tokens, data.overlong, data.as_chat, data.malformed)
+        items, report = rows.tokenise(read, tokenizer, max_tokens, data.overlong, data.as_chat, data.malformed)
         used = str(report)
+    if limit == data.limit:
+        set_aside(items, spares, seed=0)
     return f"{role}: {where} ({_size(size)}); {'of the first ' if limit != data.limit else ''}{used}"
 
 

@@ -9,6 +9,7 @@ from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.data import demonstration_sequences, prompt_items, read_rows
 from rlhf_ray.driver.groups import critic_model, running_groups
 from rlhf_ray.driver.ppo import PPOLoop
+from rlhf_ray.driver.rollouts import set_aside
 from rlhf_ray.errors import ModelError
 from rlhf_ray.models.loading import check_same_vocabulary, load_config, load_tokenizer
 from rlhf_ray.models.saving import ModelCard
@@ -43,21 +44,21 @@ def train_ppo(config: PPOConfig) -> Path:
         check_models(config, tokenizer)
         prompts, report = prompt_items(rows, tokenizer, data.max_tokens, data.overlong, data.as_chat, data.malformed)
         logger.info("prompts: %s", report)
-        num_prompts = len(prompts) - config.ppo.spare_prompts
+        prompts, spares = set_aside(prompts, config.ppo.spare_prompts, config.run.seed)
         ptx = read_ptx(config, tokenizer)
         with running_groups(config, tokenizer, tokenizer_folder, run.directory.logs) as groups:
-            metrics = PPOLoop(config, run, groups, prompts, ptx).train()
+            metrics = PPOLoop(config, run, groups, prompts, ptx, spares).train()
             final: dict[str, Any] = {name: metrics.get(name) for name in ("objective/scores", "objective/kl")}
             card = ModelCard(
                 title=run_dir.name,
                 method="PPO",
                 base_model=config.policy.path,
                 datasets=paths(data.path),
-                summary={"iterations": config.ppo.iterations, "prompts": num_prompts, **final},
+                summary={"iterations": config.ppo.iterations, "prompts": len(prompts), **final},
             )
             groups.policy.export(str(run.model_folder), tokenizer_folder, card).result()
             groups.critic.export(str(run_dir / "critic"), tokenizer_folder, card).result()
-        run.finish({"iterations": config.ppo.iterations, "prompts": num_prompts, **final})
+        run.finish({"iterations": config.ppo.iterations, "prompts": len(prompts), **final})
         return run.model_folder
 
 

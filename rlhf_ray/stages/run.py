@@ -63,6 +63,8 @@ class Run:
         storage = _storage(config, stage, self._store)
         self._saver = Saver(self._store, storage, config.run.timeout_s)
         self.checkpoint: Checkpoint | None = self._store.latest()
+        if storage is not None:
+            storage.start_step = self.start_step
         directory.truncate_after(self.start_step - 1)
         directory.write_config(dump_config(config))
         self._tracker = stack.enter_context(

@@ -22,6 +22,16 @@ FOLDER = "stalls"
 LOG_LINES = 20
 TRAINERS = ("group", "policy", "critic")  # whose ranks compute together
 TRANSFER = "transfer"  # the span of both ends of one
+DRIVER = "driver"
+# Whom the driver waits for in its spans; in others, for whoever it is.
+SAMPLING = ("rollout", "reference", "reward", "critic")
+WAITS = {
+    "wait": SAMPLING,
+    "generate": SAMPLING,
+    "advantages": ("policy", "critic"),
+    "train": ("policy", "critic"),
+    TRANSFER: ("policy", "rollout"),
+}
 STACK_TIMEOUT_S = 20.0
 
 
@@ -47,7 +57,7 @@ def write_report(run_dir: Path, problem: str, hung: str | None = None) -> Path:
     Args:
         run_dir: the run's directory.
         problem: what is reported.
-        hung: the process that is to blame, whose waiters are named; None where that is not known.
+        hung: the process that is to blame; None where the driver has waited too long for several.
 
     Returns:
         The file, `stalls/<time>.txt` in the run's directory.
@@ -56,10 +66,7 @@ def write_report(run_dir: Path, problem: str, hung: str | None = None) -> Path:
     console = Console(width=160, highlight=False)
     with console.capture() as captured:
         console.print(table(processes))
-    parts = [problem]
-    if hung is not None:
-        parts.append(f"Waiting for {hung}: {'; '.join(_waiting(hung, processes)) or 'nobody'}")
-    parts.append(captured.get())
+    parts = [problem, f"Waiting for it: {'; '.join(_waiting(hung, processes)) or 'nobody'}", captured.get()]
     parts += [_about(run_dir, one) for one in processes]
     path = run_dir / FOLDER / f"{time.strftime('%Y%m%d-%H%M%S')}.txt"
     path.parent.mkdir(exist_ok=True)
@@ -67,22 +74,27 @@ def write_report(run_dir: Path, problem: str, hung: str | None = None) -> Path:
     return path
 
 
-def _waiting(hung: str, processes: list[ProcessStatus]) -> list[str]:
+def _waiting(hung: str | None, processes: list[ProcessStatus]) -> list[str]:
     """Who cannot go on without a process, and what it is about, longest first.
 
-    The driver asks every process; the ranks of a trainer compute together, and send weights to engines that take them.
+    The driver waits for those that its step is of; the ranks of a trainer compute together, and send weights to engines
+    that take them; an engine needs its parts.
     """
-    group = group_of(hung)
-    transfers = {"policy", "rollout"}
-
-    def waits(one: ProcessStatus) -> bool:
-        if one.name == hung or one.doing == "idle":
-            return False
-        together = group_of(one.name) == group and group in TRAINERS
-        return one.name == "driver" or together or ({group, group_of(one.name)} == transfers and one.doing == TRANSFER)
-
-    waiting = sorted((one for one in processes if waits(one)), key=lambda one: -one.seconds)
+    waiting = [one for one in processes if one.doing != "idle" and not one.is_silent and _waits(one, hung)]
+    waiting.sort(key=lambda one: -one.seconds)
     return [f"{one.name}, in `{one.doing}` for {duration(one.seconds)}" for one in waiting]
+
+
+def _waits(one: ProcessStatus, hung: str | None) -> bool:
+    if hung is None:  # a wait of the driver's has passed its limit
+        return one.name == DRIVER
+    group, own = group_of(hung), group_of(one.name)
+    if one.name == hung:
+        return False
+    if one.name == DRIVER:
+        return group in WAITS.get(one.doing, (group,))
+    together = own == group and (group in TRAINERS or hung.startswith(f"{one.name}-"))
+    return together or (one.doing == TRANSFER and {own, group} == {"policy", "rollout"})
 
 
 def _about(run_dir: Path, one: ProcessStatus) -> str:

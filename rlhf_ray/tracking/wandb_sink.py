@@ -58,7 +58,7 @@ class WandbSink:
         try:
             online = section.wandb == "online" and _answers(wandb.setup().settings.base_url)
             self._run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "rlhf_ray"),
+                project=os.environ.get("WANDB_PROJECT") or "rlhf_ray",
                 name=name,
                 job_type=job_type,
                 config=config,

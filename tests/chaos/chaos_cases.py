@@ -61,11 +61,14 @@ def nodes(folder: Path, *, engines: int = 0, trainers: int = 0, cpus: int, retur
             for _ in range(count):
                 add(role)
         cluster.wait_for_nodes()
+        returning = threading.Thread(target=bring_back, args=("engine" if engines else "trainer",), daemon=True)
         if returns:
-            threading.Thread(target=bring_back, args=("engine" if engines else "trainer",), daemon=True).start()
+            returning.start()
         yield Place({"RAY_ADDRESS": cluster.address})
     finally:
         ended.set()
+        if returns:
+            returning.join()
         cluster.shutdown()
 
 
@@ -227,6 +230,19 @@ ENGINES = [
         (killed("rollout-0", "tokens", 4),),
         only_here={"rollout": {"engines": 1}},
     ),
+    Case(
+        "engine-never-again",
+        "the only engine is killed while it samples, and each of its successors while it starts",
+        (
+            killed("rollout-0", "tokens", 6),
+            killed("rollout-0", "start-up", 1, "second failure", after="failure"),
+            killed("rollout-0", "start-up", 1, "third failure", after="second failure"),
+            killed("rollout-0", "start-up", 1, "fourth failure", after="third failure"),
+        ),
+        only_here={"rollout": {"engines": 1}, "run": {"checkpoint_every": 0}},
+        equal=False,
+        exit_code=3,
+    ),
     _of_engine(
         "hung", "an engine hangs while it samples", killed("rollout-1", "tokens", 5, action="stop"), only_here=HANGS
     ),
@@ -290,6 +306,16 @@ DRIVERS = [
         ("checkpoint", "sealing a checkpoint", 2, "while it seals a checkpoint"),
     )
 ]
+DRIVERS.append(
+    Case(
+        "driver-ahead",
+        "the driver is killed while policy and critic train, and engines sample for the next iteration",
+        (killed("driver", "train", 3),),
+        {"ppo": {"iterations": 5, "prompts_per_iteration": 8, "max_staleness": 1}},
+        starts=2,
+        equal=False,
+    )
+)
 NODES = [
     Case(
         "node-engine",
@@ -389,3 +415,4 @@ def soak(seed: int, strikes: int, iterations: int, max_staleness: int = 0) -> Ca
 
 SOAKS = [soak(seed=1, strikes=6, iterations=20), soak(seed=2, strikes=6, iterations=20, max_staleness=1)]
 CASES = [*ENGINES, *SCORERS, *TRAINERS, *DRIVERS, *NODES, *SURROUNDINGS, ONE_AFTER_ANOTHER, *SOAKS]
+NEED_ROOT = [case for case in CASES if case.name.startswith(("network-", "disk-full")) and case.around is not None]

@@ -46,6 +46,7 @@ WORK = {
     "driver": "iteration",
 }
 HELPERS = ("mark", "hold")  # what strikes nobody
+STRIKES = ("kill", "kill node", "stop")
 # States of the driver in which an iteration is not finished.
 WITHIN_ITERATION = ("iteration", "wait", "generate", "advantages", "train", "transfer")
 LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) ([A-Z]+ rlhf_ray[\w.]*: .*)")
@@ -87,6 +88,7 @@ class Case:
         events: what strikes it.
         changes: keys of the configuration, by section, also of the undisturbed run that it is compared with.
         only_here: keys that this run alone has.
+        exit_code: of the last command; where it is not 0, the run ends for good, with a checkpoint of what it trained.
         starts: how often the command is given; all but the last end with an error or the driver's death.
         equal: whether its numbers are those of the undisturbed run, bit for bit.
         reward_within: how far the reward that it learned may be from that of the undisturbed run, which must have
@@ -99,6 +101,7 @@ class Case:
     events: tuple[Event, ...] = ()
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     only_here: dict[str, dict[str, Any]] = field(default_factory=dict)
+    exit_code: int = 0
     starts: int = 1
     equal: bool = True
     reward_within: float | None = None
@@ -264,13 +267,18 @@ def problems(case: Case, found: dict[str, Any]) -> list[str]:
     """What is not as it should be, in words."""
     wrong = []
     *before, last = found["exit_codes"]
-    if last != 0:
+    if last != case.exit_code:
         wrong.append(f"ended with exit code {last}: {_last_lines(found['output'])}")
+    if case.exit_code and not _saved(found["config"]):
+        wrong.append("there is no checkpoint of the iterations that were trained")
     if len(before) != case.starts - 1:
         wrong.append(f"the command was given {len(before) + 1} times, and {case.starts} were expected")
     wrong += [f"{one['name']} did not happen" for one in found["events"] if "time" not in one]
     wrong += [f"verify: {one}" for one in found["findings"]]
     wrong += [f"left behind: {one}" for one in found["left"]]
+    victims = {group_of(event.victim or event.actor) for event in case.events if event.action in STRIKES}
+    if victims <= {"rollout", "reference", "reward"} and found["iterations_again"]:
+        wrong.append(f"the loop was stopped: {found['iterations_again']} iterations were begun again")
     if last == 0 and case.equal:
         wrong += [f"not as undisturbed: {one}" for one in found["equal"]]
     if last == 0 and case.reward_within is not None:
@@ -280,19 +288,26 @@ def problems(case: Case, found: dict[str, Any]) -> list[str]:
     return wrong
 
 
+def _saved(config: PPOConfig) -> bool:
+    """Whether the newest checkpoint is of all iterations that the metrics know, and there are any."""
+    steps = len(rows_of(config))
+    return steps > 0 and (Path(config.run.dir) / "checkpoints" / f"step_{steps:06d}").is_dir()
+
+
 def late(case: Case, found: dict[str, Any]) -> list[str]:
     """What was not noticed, or not in service again, as soon as it should be. For machines that do nothing else."""
     wrong = []
     limits = found["config"].run
     for event in case.events:
         one = next((row for row in found["events"] if row["name"] == event.name), None)
-        if one is None:
+        if one is None or event.action not in STRIKES:
             continue
         # A process that is stopped gives no sign; that of a host that is cut off goes on, and owes an answer.
         deadline = limits.min_timeout_s if case.around is None else limits.timeout_s
         hang = deadline if event.action == "stop" else 0.0
-        if one.get("noticed_s", 0.0) > hang + NOTICED_WITHIN_S:
-            wrong.append(f"{event.name} was noticed after {one['noticed_s']:.1f} s")
+        heals = case.around is not None and event.action == "stop"
+        if one.get("noticed_s", 0.0 if heals else math.inf) > hang + NOTICED_WITHIN_S:
+            wrong.append(f"{event.name} was noticed after {one.get('noticed_s', math.inf):.1f} s")
         within = hang + NOTICED_WITHIN_S + 2 * one.get("start_up_s", math.inf)
         last_of_victim = [row for row in found["events"] if row["victim"] == one["victim"]][-1] is one
         if one["victim"].startswith("rollout") and last_of_victim and one.get("recovered_s", 0.0) > within:
@@ -344,6 +359,8 @@ def _event(event: Event, folder: Path, run: Path, ends: list[float]) -> dict[str
     at = happened["time"]
     found["time"] = at
     said = [(when, line) for when, line in warnings_of(run) if when >= at]
+    if event.action in STRIKES:
+        said = [(when, line) for when, line in said if group_of(found["victim"]) in line]
     if found["victim"] == "driver":
         said = [(end, "the process ended") for end in ends if end >= at]
     if said:

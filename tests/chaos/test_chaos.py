@@ -4,8 +4,10 @@ The short form is three runs: an undisturbed one, one that loses an engine, a sc
 iteration, and one whose driver dies. The others are marked `long`, and `python -m benchmarks.chaos` measures them all.
 """
 
+import os
+
 import pytest
-from chaos_cases import CASES, DRIVERS, ONE_AFTER_ANOTHER
+from chaos_cases import CASES, DRIVERS, NEED_ROOT, ONE_AFTER_ANOTHER
 from chaos_runs import Case, Runs
 
 pytestmark = pytest.mark.system
@@ -30,4 +32,6 @@ def test_failures_cost_time_alone(runs: Runs, case: Case):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", [case for case in CASES if case not in SHORT], ids=lambda case: case.name)
 def test_every_failure_costs_time_alone(runs: Runs, case: Case):
+    if case in NEED_ROOT and os.getuid() != 0:
+        pytest.skip("needs root, for a disk or hosts of its own")
     assert runs.run(case)["problems"] == []

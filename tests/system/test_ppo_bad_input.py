@@ -9,7 +9,7 @@ import pytest
 from ppo_runs import Inputs, make_inputs, nothing_left
 from tiny_models import make_llama, make_tokenizer
 
-from rlhf_ray.errors import ConfigError, ModelError, ResourceError, RlhfError
+from rlhf_ray.errors import ConfigError, DataError, ModelError, ResourceError, RlhfError
 from rlhf_ray.stages.ppo import train_ppo
 
 pytestmark = pytest.mark.system
@@ -47,6 +47,14 @@ BAD = {
         ConfigError,
         r"data.max_tokens \+ rollout.max_new_tokens: sequences of up to 300 tokens, .* is 256; lower it",
         lambda i: {"data": {"max_tokens": 288}},
+    ),
+    "too few prompts": Bad(
+        DataError,
+        r"`ppo.spare_prompts` is 20, and there are 20 prompts",
+        lambda i: {
+            "reward": {"functions": [{"path": "reward_functions:scarce", "min_scored": 0.5}]},
+            "ppo": {"iterations": 1, "prompts_per_iteration": 8, "spare_prompts": 20},
+        },
     ),
     "too few CPUs": Bad(
         ResourceError,

@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from rlhf_ray.algorithms.checks import noting_nonfinite, require_finite
 from rlhf_ray.driver.health import MOST_UNCHANGED, UpdateHealth, mismatch_alarm
 from rlhf_ray.driver.ppo import _over_updates
 from rlhf_ray.errors import BudgetExhausted, EngineError
 from rlhf_ray.packing import Sequence
+from rlhf_ray.training import replay
 from rlhf_ray.training.objectives import LanguageModeling, PolicyUpdate
 from rlhf_ray.training.replay import load_batch, save_batch
 from rlhf_ray.training.trainer import ParameterSample
@@ -69,13 +71,21 @@ def test_three_skipped_updates_in_a_row_end_the_run_with_their_batch(tmp_path):
     assert [len(one) for one in load_batch(folder)[0]] == [2, 3]
 
 
-def test_a_batch_that_cannot_be_saved_does_not_hide_why_the_run_ends(tmp_path):
+def test_a_batch_that_cannot_be_saved_does_not_hide_why_the_run_ends(tmp_path, monkeypatch):
     (tmp_path / "bad_batches").write_text("a file where the folder should be")
     health = UpdateHealth(tmp_path, "policy")
     for step in (3, 4):
         health.check(step, metrics(skipped=True), batch(math.inf), LanguageModeling(), None)
     said = r"3 updates in a row were skipped.*The last batch could not be saved in .*policy_000005: "
     with pytest.raises(BudgetExhausted, match=said):
+        health.check(5, metrics(skipped=True), batch(math.inf), LanguageModeling(), None)
+    (tmp_path / "bad_batches").unlink()
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(replay, "save_file", full)
+    with pytest.raises(BudgetExhausted, match=f"{said}No space left"):
         health.check(5, metrics(skipped=True), batch(math.inf), LanguageModeling(), None)
 
 

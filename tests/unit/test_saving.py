@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from rlhf_ray.config import from_dict
 from rlhf_ray.driver.checkpoint import CheckpointStore
@@ -284,6 +285,41 @@ def test_metrics_ledger_and_samples_are_not_lost_with_the_folder(tmp_path, url):
     assert uids(tmp_path / "run") == uids(tmp_path / "elsewhere" / "run") == expected
     for name in RECORDS[:2]:
         assert (tmp_path / "elsewhere" / "run" / name).read_text() == (tmp_path / "run" / name).read_text() != ""
+
+
+def test_a_run_that_cannot_fetch_its_records_does_not_begin_without_them(tmp_path, url, monkeypatch):
+    with pytest.raises(RunStopped), open_stage(tmp_path, checkpoint_every=1, checkpoint_storage=url) as run:
+        take_steps(run, Trainer(), 9, lambda step: terminate() if step == 1 else None)
+    lose(tmp_path)
+    get_file = LocalFileSystem.get_file
+
+    def broken(self: LocalFileSystem, path: str, target: str, **options: object) -> None:
+        if path.endswith("metrics.jsonl"):
+            Path(target).write_text("{")
+            raise OSError("the connection was reset")
+        get_file(self, path, target, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", broken)
+    with (
+        pytest.raises(StorageUnreachable, match="the connection was reset"),
+        open_stage(tmp_path, checkpoint_storage=url),
+    ):
+        pytest.fail("it began")
+    monkeypatch.undo()
+    with open_stage(tmp_path, checkpoint_storage=url) as run:
+        assert run.start_step == 2
+        assert [row["step"] for row in run.directory.read_metrics()] == [0, 1]
+
+
+def test_records_that_cannot_be_copied_keep_no_checkpoint_back(tmp_path, url, monkeypatch, caplog):
+    def broken(*_: object, **__: object) -> None:
+        raise OSError("no move")
+
+    monkeypatch.setattr(LocalFileSystem, "mv", broken)
+    with open_stage(tmp_path, checkpoint_every=1, checkpoint_storage=url) as run:
+        take_steps(run, Trainer(), 2)
+    assert "cannot copy metrics, ledger and samples to" in caplog.text
+    assert {"step_000001", "step_000002"} <= set(copied(tmp_path))
 
 
 def test_the_best_is_kept_there_too(tmp_path, url):
