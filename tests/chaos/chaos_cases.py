@@ -422,7 +422,7 @@ def soak(seed: int, strikes: int, iterations: int, max_staleness: int = 0) -> Ca
         f"{strikes} kills at random over {iterations} iterations{ahead}",
         tuple(events),
         changes,
-        starts=1 + sum(event.actor == "driver" for event in events),
+        starts=1 + sum(event.actor == "driver" and event.action == "kill" for event in events),
         equal=not max_staleness,
         reward_within=0.1,
     )
