@@ -57,3 +57,9 @@ def test_estimates_of_throughput_are_within_20_percent_of_what_was_measured():
         found = module.estimated(row, report["cells"], cores)
         assert found == pytest.approx(statistics.median(row["measured_s"]), rel=0.2), row["workload"]
         assert found == pytest.approx(row["estimated_s"]), "run python benchmarks/throughput.py --again FILE --out FILE"
+
+
+def test_the_loop_waits_less_than_a_tenth_of_an_iteration_for_a_checkpoint():
+    report = json.loads((ROOT / "benchmarks" / "results" / "checkpoint_w1.json").read_text())
+    assert "run.checkpoint_every=1" in report["command"].split()
+    assert 0 < report["checkpoint_share"]["min"] <= report["checkpoint_share"]["max"] <= 0.1
