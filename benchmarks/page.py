@@ -205,10 +205,10 @@ def checkpoints(reports: list[dict[str, Any]]) -> list[str]:
 def soak(report: dict[str, Any]) -> list[str]:
     """A run of `benchmarks/soak.py`, a row for each process."""
     lines = [*_commands([report]), f"\n{report['iterations']} iterations."]
-    lines += _header("process", "MiB at half of them", "at the end", "growth, MiB in 100 iterations")
+    lines += _header("process", "MiB after a tenth of them, two tenths, ... all", "growth, MiB in 100 iterations")
     for name, row in report["processes"].items():
-        figures = (f"{row[key]:.1f}" for key in ("half_mib", "end_mib", "growth_mib_per_100"))
-        lines.append("| " + " | ".join([name, *figures]) + " |")
+        curve = ", ".join(f"{one:.0f}" for one in row["tenths_mib"])
+        lines.append(f"| {name} | {curve} | {row['growth_mib_per_100']:.1f} |")
     return lines
 
 

@@ -69,12 +69,14 @@ def watch(run: Path, samples: Samples, ended: threading.Event) -> None:
             continue
 
 
-def summarize(samples: dict[int, float]) -> dict[str, float]:
-    """Memory of one process at half of the iterations and at the end, and its growth from there in 100 iterations."""
+def summarize(samples: dict[int, float]) -> dict[str, Any]:
+    """Memory of one process at each tenth of the iterations, and its growth in 100 of those of the second half."""
     points = sorted(samples.items())
-    late = [(done, takes) for done, takes in points if done >= points[-1][0] / 2]
+    last = points[-1][0]
+    tenths = [next(takes for done, takes in points if done >= last * tenth / 10) for tenth in range(1, 11)]
+    late = [(done, takes) for done, takes in points if done >= last / 2]
     slope = linear_regression(*zip(*late, strict=True)).slope
-    return {"half_mib": late[0][1], "end_mib": late[-1][1], "growth_mib_per_100": 100 * slope}
+    return {"tenths_mib": [round(takes, 1) for takes in tenths], "growth_mib_per_100": 100 * slope}
 
 
 def main() -> None:
@@ -104,7 +106,7 @@ def main() -> None:
             watcher.join()
     rows = {name: summarize(of_process) for name, of_process in sorted(samples.items())}
     for name, row in rows.items():
-        print(f"{name}: " + ", ".join(f"{key} {value:.1f}" for key, value in row.items()))
+        print(f"{name}: {row['tenths_mib']} MiB, growth {row['growth_mib_per_100']:.1f} in 100 iterations")
     result = {"benchmark": "soak", **around, "iterations": options.iterations, "processes": rows}
     write_text(options.out, json.dumps(result, indent=1) + "\n")
 
