@@ -120,7 +120,8 @@ SOAK = """
 ## Memory over a run
 
 Resident memory of each process of PPO of [the demonstration](demo.md), with that of its children, as the run goes on.
-"Growth" is the slope of a line through the second half of the iterations. `python benchmarks/soak.py`.
+"Growth" is the slope of a line through the second half of the iterations. An engine's memory rises until its caches
+are full, and is flat from then on. `python benchmarks/soak.py`.
 """
 
 MEMORY = """

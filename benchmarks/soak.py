@@ -9,8 +9,6 @@ with that of its children, once an iteration at the most; growth is the slope of
 
 import argparse
 import json
-import shlex
-import sys
 import threading
 from pathlib import Path
 from statistics import linear_regression
@@ -91,7 +89,9 @@ def main() -> None:
     run = options.folder / f"ppo-{options.iterations}"
     samples: Samples = {}
     with connection(base.run.ray_address):
-        around = circumstances(inventory()) | {"command": shlex.join(["python", *sys.argv])}
+        around = circumstances(inventory()) | {
+            "command": f"python benchmarks/soak.py --iterations {options.iterations}"
+        }
         models = run_pipeline(base.model_copy(update={"stages": ["sft", "reward"]}))
         values: dict[str, Any] = base.stage_config("ppo", {name: str(models[name]) for name in models}).model_dump()
         values["run"] |= {"dir": str(run)}

@@ -294,12 +294,12 @@ def test_a_function_that_fails_excludes_its_samples_where_the_configuration_says
 ):
     prompts, trajectories = faulty("lenient", fault)
     good_prompts, good = rollout(3, 1)
-    scored: list[ScoredTrajectory] = []
+    scored = setup.scorer.score([trajectories], prompts, with_values=True)
     if kept:
-        scored = setup.scorer.score([trajectories], prompts, with_values=True)
+        setup.scorer.check_shares(scored)
     else:
         with pytest.raises(BudgetExhausted, match="lenient scored 0 of the iteration's 2 responses"):
-            setup.scorer.score([trajectories], prompts, with_values=True)
+            setup.scorer.check_shares(scored)
     excluded = len(scored) - kept
     # It serves again afterwards, whatever happened.
     scored += setup.scorer.score([good], good_prompts, with_values=True)
@@ -310,7 +310,7 @@ def test_a_function_that_fails_excludes_its_samples_where_the_configuration_says
     scores = [row["score"] for row in experience.samples]
     assert sum(score is None for score in scores) == excluded
     # The table says why, and the log of which row.
-    said = "reward function reward_functions:lenient gave no finite score"
+    said = "reward function reward_functions:lenient"
     assert all((row["excluded"] or "").startswith(said) == (row["score"] is None) for row in experience.samples)
     if excluded:
         assert f"{prompts[trajectories[0].uid].source} (sample {trajectories[0].uid}/0, " in caplog.text

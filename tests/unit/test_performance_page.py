@@ -63,3 +63,12 @@ def test_the_loop_waits_less_than_a_tenth_of_an_iteration_for_a_checkpoint():
     report = json.loads((ROOT / "benchmarks" / "results" / "checkpoint_w1.json").read_text())
     assert "run.checkpoint_every=1" in report["command"].split()
     assert 0 < report["checkpoint_share"]["min"] <= report["checkpoint_share"]["max"] <= 0.1
+
+
+def test_memory_is_flat_once_caches_are_full():
+    report = json.loads((ROOT / "benchmarks" / "results" / "soak.json").read_text())
+    assert report["iterations"] >= 200
+    assert {"driver", "policy-0", "critic-0", "reference-0", "reward-0", "rollout-0"} == set(report["processes"])
+    for name, row in report["processes"].items():
+        *_, eighth, _, last = row["tenths_mib"]
+        assert last <= 1.01 * eighth, name
