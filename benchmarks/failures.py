@@ -64,7 +64,10 @@ model, a checkpoint an iteration. Each process is struck in the state that the c
   a checkpoint of all iterations that it trained.
 
 `python -m benchmarks.chaos --out benchmarks/results/chaos.json` measures, `python benchmarks/failures.py` makes this
-page. The middle of several runs stands first, the least and the largest in brackets.
+page. The middle of several runs stands first, the least and the largest in brackets. A case that ran once has no
+brackets. The kills of the two soaks are drawn from a seed that was chosen for a mixture of victims, and the loop waits
+for the successor of an engine before the next one. A reward function fails on a few responses of an iteration, as it is
+asked about few at a time.
 """
 
 BUDGET_EXHAUSTED = 3  # the exit code
