@@ -121,8 +121,8 @@ SOAK = """
 
 Resident memory of each process of PPO of [the demonstration](demo.md), with that of its children, as the run goes on.
 "Growth" is the slope of a line through the second half of the iterations. The engine is not flat over 200 iterations:
-it grew by 70 MiB in 100 in the second half of a run of that length, and here it rises by a tenth until iteration 240 and
-stands still after. It grows with sampling, not with transfers; why is not known. `python benchmarks/soak.py`.
+it grew by 70 MiB in 100 in the second half of a run of that length, and here it rises by a tenth until iteration 240
+and stands still after. It grows with sampling, not with transfers; why is not known. `python benchmarks/soak.py`.
 """
 
 MEMORY = """
