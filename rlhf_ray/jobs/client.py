@@ -152,6 +152,13 @@ class JobClient:
         except JobError as error:
             if "already exists" in str(error):
                 raise self._name_taken(name, "new") from None
+            if "No available agent" in str(error):
+                raise JobError(
+                    f"--address: the head node behind {self.address} takes no jobs: its job agent does not answer. "
+                    "Where the cluster has just started, try again; else see logs/dashboard_agent.log in its session's "
+                    "folder there, as another process may have the agent's port (`ray start "
+                    "--dashboard-agent-listen-port`, 52365 by default)"
+                ) from None
             raise JobError(_without(str(error), environment)) from None
 
     def jobs(self) -> list[Job]:

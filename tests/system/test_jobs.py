@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,6 @@ group: {{cpus: 1}}
 sft: {{batch_size: 1, epochs: 250}}
 """
 DEMOS = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}] * 4
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class Cluster:
@@ -94,15 +90,19 @@ def cluster(tmp_path_factory):
         "RAY_AUTH_TOKEN": TOKEN,
     }
     environment["RAY_USAGE_STATS_ENABLED"] = "0"
-    dashboard, agent, gcs = free_port(), free_port(), free_port()
+    with started(folder, environment) as cluster:
+        yield cluster
+
+
+@contextmanager
+def started(folder: Path, environment: dict[str, str], agent_port: int = 0) -> Iterator[Cluster]:
+    """A cluster of one node, at ports that Ray chooses: one found free before may be another's by then."""
     # Not pytest's folder: the paths of Ray's sockets may have about a hundred characters.
-    with tempfile.TemporaryDirectory(prefix="jobs", ignore_cleanup_errors=True) as ray_folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="jobs", ignore_cleanup_errors=True) as ray_folder:
         options = {
-            "port": gcs,
-            "node-ip-address": "127.0.0.1",
-            "dashboard-port": dashboard,
-            "dashboard-agent-listen-port": agent,
-            "ray-client-server-port": free_port(),
+            "port": 0,
+            "dashboard-port": 0,
+            "dashboard-agent-listen-port": agent_port,
             "min-worker-port": 0,
             "max-worker-port": 0,
             "num-cpus": 4,
@@ -110,24 +110,27 @@ def cluster(tmp_path_factory):
             "temp-dir": ray_folder,
         }
         ray = str(Path(sys.executable).with_name("ray"))
-        head = subprocess.Popen(
-            [ray, "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=stack.enter_context((folder / "head.log").open("w")),
-            stderr=subprocess.STDOUT,
-        )
-        stack.callback(end, head.pid)
-        wait_for(lambda: accepts(dashboard) and accepts(agent))
-        cluster = Cluster(folder, environment, f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}")
-        yield cluster
-        for process in cluster.started:
-            process.kill()
-
-
-def accepts(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
+        log = folder / "head.log"
+        with log.open("w") as output:
+            head = subprocess.Popen(
+                [ray, "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            wait_for(lambda: "Ray runtime started" in log.read_text() and "--block" in log.read_text())
+            # Ray writes the port there when the agent listens, or that it does not.
+            wait_for(lambda: list(Path(ray_folder).glob("session_latest/dashboard_agent_listen_port_*")))
+            dashboard = re.search(r"RAY_API_SERVER_ADDRESS='(.+?)'", log.read_text())
+            assert dashboard is not None
+            cluster = Cluster(folder, environment, dashboard[1], (Path(ray_folder) / "ray_current_cluster").read_text())
+            yield cluster
+            for process in cluster.started:
+                process.kill()
+        finally:
+            end(head.pid)
 
 
 def end(pid: int) -> None:
@@ -198,6 +201,16 @@ def test_a_failed_job_gives_its_exit_code_and_its_log(cluster):
     assert cluster.job("broken")["exit_code"] == 2
     code, again, _ = cluster.call("logs", "broken")
     assert (code, again) == (0, out)
+
+
+def test_a_head_node_that_takes_no_jobs_is_one_error(cluster, tmp_path):
+    with socket.create_server(("", 0)) as listener:
+        port = listener.getsockname()[1]
+        with started(tmp_path, cluster.environment, agent_port=port) as other:
+            submitted = cluster.call("submit", "sft.yaml", address=other.address)
+    assert submitted[:2] == (1, "")
+    assert submitted[2].startswith(f"error: --address: the head node behind {other.address} takes no jobs")
+    assert "dashboard_agent.log" in submitted[2]
 
 
 @pytest.mark.parametrize(
