@@ -1,10 +1,12 @@
-"""Whether a Ray cluster answers at an address and lets this process in.
+"""Whether a Ray cluster answers at an address and lets this process in, and whether hosts take connections.
 
 Ray itself takes minutes to give up on an address where nothing listens, and says it in notes of its C++ side.
 """
 
+import asyncio
 import os
 import socket
+from collections.abc import Collection
 from typing import Any
 
 import grpc
@@ -24,6 +26,8 @@ GCS: Any = gcs_service_pb2
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 10.0
+# A connection is made within a round trip; the first packet may be lost, and is sent again after a second.
+REACH_TIMEOUT_S = 1.5
 CLIENT_SCHEME = "ray://"  # of Ray Client, whose actors cannot stream what they sample
 
 
@@ -59,6 +63,32 @@ def check_reachable(address: str, asked: str) -> None:
         raise explained(error, address, asked) from None
     except grpc.RpcError as error:
         raise _refused(error, address, asked) from None
+
+
+def unreachable(addresses: Collection[tuple[str, int]]) -> set[tuple[str, int]]:
+    """Those of the addresses whose hosts take no connection within `REACH_TIMEOUT_S`, all tried at the same time.
+
+    The kernel of a host takes connections for a process that is busy or stopped, and refuses those for one that is
+    gone, which is an answer, too.
+    """
+
+    async def fails(address: tuple[str, int]) -> bool:
+        try:
+            async with asyncio.timeout(REACH_TIMEOUT_S):
+                _, writer = await asyncio.open_connection(*address)
+        except ConnectionRefusedError:
+            return False
+        except OSError:  # a timeout is one, too
+            return True
+        writer.close()
+        return False
+
+    async def all_of_them() -> set[tuple[str, int]]:
+        tried = list(addresses)
+        failed = await asyncio.gather(*map(fails, tried))
+        return {address for address, bad in zip(tried, failed, strict=True) if bad}
+
+    return asyncio.run(all_of_them()) if addresses else set()
 
 
 def explained(error: Exception, address: str, asked: str) -> ResourceError:

@@ -3,8 +3,9 @@
 A call is always under way to every process, which fails as soon as the process ends: a death is noticed within seconds,
 whether anything was asked of it or not. A process that is alive writes once a second what it does
 (`tracking/activity.py`); one that neither does so nor answers is suspect, and is ended when that goes on for as long as
-a quick phase may take (`run.min_timeout_s`). So whoever waits for it sees a death, and there is one way to recover
-from both.
+a quick phase may take (`run.min_timeout_s`). What it writes counts for nothing while it owes an answer and its host
+takes no connections: a host may be cut off from the others and not from the folder. So whoever waits for it sees a
+death, and there is one way to recover from all three.
 """
 
 import json
@@ -28,6 +29,7 @@ from rlhf_ray.errors import ActorDied, EngineError, RlhfError
 from rlhf_ray.runtime.budget import RestartBudget
 from rlhf_ray.runtime.lifecycle import Event, Life, State
 from rlhf_ray.runtime.patience import Patience, patience_of
+from rlhf_ray.runtime.reach import unreachable
 from rlhf_ray.runtime.remote import facts, get
 from rlhf_ray.tracking.activity import NOW, TRACE
 from rlhf_ray.tracking.logs import ACTOR
@@ -51,20 +53,24 @@ class _Watched:
     Attributes:
         lost: told when it dies, in a thread of its own; None where its death ends the run's wait.
         answer: the call under way to it; None when it has answered the last one.
-        answered: when it has answered last.
+        asked: when the last call to it began.
         word: what it has written last; the first one seen may be of the process that had its name before.
         heard: when it has written or answered last; None before its first word, which comes with its first work.
         since: when it came into its state.
+        address: where it takes connections; None before it was asked for.
+        cut_off: whether its host took no connection when that was tried last.
     """
 
     actor: Any
     life: Life
     lost: Lost | None
     answer: Any = None
-    answered: float = 0.0
+    asked: float = 0.0
     word: str | None = None
     heard: float | None = None
     since: float = field(default_factory=time.monotonic)
+    address: tuple[str, int] | None = None
+    cut_off: bool = False
 
 
 class Supervisor:
@@ -182,25 +188,36 @@ class Supervisor:
         """Take the answers that have come, and the words of those that are too busy to answer."""
         now = time.monotonic()
         for one in under_watch.values():
-            if one.answer is None and now - one.answered >= ASK_EVERY_S:
-                one.answer = one.actor.__ray_ready__.remote()
+            if one.answer is None and now - one.asked >= ASK_EVERY_S:
+                one.answer, one.asked = one.actor.__ray_ready__.remote(), now
         asked = {one.answer: name for name, one in under_watch.items() if one.answer is not None}
         ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0, fetch_local=False) if asked else ([], [])
         for ref in ready:
             name = asked[ref]
             one = under_watch[name]
-            one.answer, one.answered = None, now
+            one.answer = None
             try:
                 ray.get(ref, timeout=LOOK_EVERY_S)
                 one.heard = now if one.heard is not None else None
             except RayActorError as error:
                 self._died(name, one, f"{name}: the actor died: {facts(error)}")
+        self._try_hosts(under_watch, now)
         for name, one in under_watch.items():
-            if one.answer is None and one.heard is not None:
-                continue  # it has just answered
+            if one.cut_off or (one.answer is None and one.heard is not None):
+                continue  # what it writes does not count, or it has just answered
             word = self._word(name)
             if word is not None and word != one.word:
                 one.word, one.heard = word, now
+
+    def _try_hosts(self, under_watch: dict[str, _Watched], now: float) -> None:
+        """See whether the hosts of those that owe an answer for long, be it because they are busy, take connections."""
+        late = [one for one in under_watch.values() if one.answer is not None and now - one.asked > SUSPECT_AFTER_S]
+        for one in late:
+            if one.address is None:
+                one.address = _address_of(one.actor)
+        failed = unreachable({one.address for one in late if one.address is not None})
+        for one in under_watch.values():
+            one.cut_off = one in late and one.address in failed
 
     def _end_silent(self, under_watch: dict[str, _Watched]) -> None:
         """Suspect whoever gives no sign, and end who has given none for too long.
@@ -219,7 +236,8 @@ class Supervisor:
             self.note(name, Event.SILENT)
             if silent < max(self.patience.floor_s, SUSPECT_AFTER_S):
                 continue
-            self._end_hung(name, one, f"{name} has given no sign for {silent:.0f} s (run.min_timeout_s)")
+            host = "; its host takes no connections" if one.cut_off else ""
+            self._end_hung(name, one, f"{name} has given no sign for {silent:.0f} s (run.min_timeout_s){host}")
 
     def _end_hung(self, name: str, one: _Watched, problem: str) -> None:
         with suppress(OSError):
@@ -271,6 +289,12 @@ def _place_of(actor: Any) -> tuple[int, str]:
     """The number of an actor's process and the identity of its node, as Ray's head knows them; 0 and "" before."""
     about = actors(actor._actor_id.hex())
     return about.get("Pid", 0), about.get("Address", {}).get("NodeID", "")
+
+
+def _address_of(actor: Any) -> tuple[str, int] | None:
+    """Where an actor's process takes connections, as Ray's head knows it; None before."""
+    address = actors(actor._actor_id.hex()).get("Address", {})
+    return (address["IPAddress"], address["Port"]) if address.get("Port") else None
 
 
 def _own_node() -> str:

@@ -337,7 +337,7 @@ NODES += [
         f"network-{name}",
         f"the host of one of two engines is cut off while it samples, for {seconds} s",
         (killed("rollout-1", "tokens", 4, action="stop"),),
-        only_here={"placement": {"labels": _labels(rollout="engine"), "spread": ["rollout"]}},
+        only_here=HANGS | {"placement": {"labels": _labels(rollout="engine"), "spread": ["rollout"]}},
         around=partial(hosts, cut_for_s=seconds),
     )
     for name, seconds in (("blink", 5), ("cut", 90))

@@ -2,9 +2,11 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +172,30 @@ def test_a_process_that_works_for_long_without_an_answer_is_left_alone(superviso
     assert supervisor.state("busy-0") is State.SERVING
     supervisor.retire("busy-0")
     supervisor.end("busy-0", actor)
+
+
+def test_a_process_whose_host_is_cut_off_is_ended_although_it_writes_that_it_works(
+    supervisor: Supervisor, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    actor, _ = start(run_dir, "cut-0")
+    supervisor.watch("cut-0", actor)
+    supervisor.note("cut-0", Event.LOADED)
+    time.sleep(2.5)  # it has been heard of
+    with socket.socket() as listener, ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):  # more than the queue holds: the next ones get no answer
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        monkeypatch.setattr(supervisor_module, "_address_of", lambda actor: listener.getsockname())
+        answer = actor.work.remote(60.0)
+        await_state(supervisor, "cut-0", State.SUSPECT)
+        with pytest.raises(ActorDied):
+            get(answer, "work of a process that is cut off", 60.0)
+        await_state(supervisor, "cut-0", State.DEAD)
+    with pytest.raises(ActorDied, match=r"cut-0 has given no sign for .*; its host takes no connections"):
+        supervisor.check()
 
 
 def test_of_several_that_work_together_the_death_of_one_counts_before_what_others_raise(run_dir: Path):
