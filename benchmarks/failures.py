@@ -35,9 +35,11 @@ meant to happen, the table what did.
   from the beginning where there is none.
 * **The driver** keeps nothing that is not in the run directory. The same command continues from the newest checkpoint;
   the old processes end with the old driver.
-* **A node** is all of the above at once. One that is cut off is dead when Ray's head says so, after about a minute with
-  Ray's own settings (`RAY_health_check_failure_threshold` and `RAY_health_check_timeout_ms` on the head shorten that),
-  or when the limit of the phase passes, whichever is first; what heals before goes on.
+* **A node** is all of the above at once. One that is cut off from the driver hangs: a process there that owes an answer
+  while its host takes no connections is suspect after ten seconds, whatever it still writes to the run directory, and
+  is ended after `run.min_timeout_s`; what heals before goes on. Ray's head calls the node dead after about a minute
+  with Ray's own settings (`RAY_health_check_failure_threshold` and `RAY_health_check_timeout_ms` on the head shorten
+  that); only then can a process that was placed there start elsewhere.
 * **A checkpoint** is whole or not there: it is written aside, sealed with checksums, and renamed. On a disk that is
   full the run goes on with the older ones and a warning; the last one must be written, or the run ends with an error.
 * **In synchronous mode** (`ppo.max_staleness: 0`) none of this shows in the numbers: metrics, samples and weights are

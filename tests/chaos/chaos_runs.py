@@ -72,10 +72,12 @@ class Place:
     Attributes:
         environment: variables beside those of this process.
         within: what is put before the command.
+        settle: waits until what happens around the run is over, which may take longer than the run.
     """
 
     environment: dict[str, str] = field(default_factory=dict)
     within: tuple[str, ...] = ()
+    settle: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ class Runs:
                 ends.append(_command(file, environment, place, folder / f"output-{start}.txt"))
                 if ends[-1][1] in (0, None):
                     break
+            place.settle()
             left = _left(environment[CHAOS])
             if "RAY_ADDRESS" in place.environment:
                 left += _held(place)
