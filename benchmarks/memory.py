@@ -10,7 +10,6 @@ it is what the allocator of torch reserved at its peak.
 
 import argparse
 import json
-import logging
 import os
 import platform
 import tempfile
@@ -44,7 +43,7 @@ from rlhf_ray.placement.memory import (
 from rlhf_ray.placement.plan import Plan
 from rlhf_ray.placement.shapes import find_shape
 from rlhf_ray.rollout.engine import RolloutEngine, SampleRequest
-from rlhf_ray.runtime.cluster import KEPT_MEMORY
+from rlhf_ray.runtime.cluster import KEPT_MEMORY, own_cluster
 from rlhf_ray.runtime.patience import Patience
 from rlhf_ray.runtime.supervisor import Supervisor
 from rlhf_ray.scoring.actors import Completion, ModelSpec, ReferenceActor, RewardModelActor
@@ -336,8 +335,7 @@ def main() -> None:
         models = {head: make_model(folder, head) for head in ("causal", "scalar")}
         small = make_model(folder, "causal", small=True)
         heads = {"reference": "causal", "reward": "scalar"}
-        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        try:
+        with own_cluster(4):
             for row in chain(
                 (measure_engine(one, models["causal"], small) for one in ENGINES if not options.gpu),
                 (measure_scorer(one, models[heads[one.group]], small, gpu=options.gpu) for one in SCORERS),
@@ -349,8 +347,6 @@ def main() -> None:
             ):
                 results.append(row)
                 print(json.dumps(row), flush=True)
-        finally:
-            ray.shutdown()
     worst = max(abs(row["ratio"] - 1) for row in results)
     libraries = [one["libraries_estimated_gib"] / one["libraries_gib"] for one in results if "libraries_gib" in one]
     worst = max(worst, *(abs(ratio - 1) for ratio in libraries), 0.0)

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import ray
 from cases import Case, by_name, config_of, cores, sweep, workload
 from rich.console import Console
 
@@ -18,6 +17,7 @@ from rlhf_ray.bench.packing import bench_packing
 from rlhf_ray.bench.rollout import bench_rollout
 from rlhf_ray.bench.transfer import bench_transfer
 from rlhf_ray.errors import RlhfError
+from rlhf_ray.runtime.cluster import own_cluster
 
 # Iterations, transfers and optimizer steps that are measured, after one that warms up.
 REPEATS = 3
@@ -26,8 +26,7 @@ REPEATS = 3
 def measure(case: Case, models: Path, *, cpu: bool) -> dict[str, Any]:
     """Start a cluster on this machine, measure, and print what was found as `rlhf-ray bench` does."""
     config, chosen = config_of(case, models, REPEATS + 1, cpu=cpu), workload(cpu=cpu)
-    ray.init("local", num_cpus=cores(config), include_dashboard=False, log_to_driver=False)
-    try:
+    with own_cluster(cores(config)):
         if case.measure == "rollout":
             rows = list(bench_rollout(config, sweep(case, cpu=cpu)))
             Console(highlight=False, width=200).print(report.table(rows, "core" if cpu else "GPU"))
@@ -42,8 +41,6 @@ def measure(case: Case, models: Path, *, cpu: bool) -> dict[str, Any]:
             row = bench_packing(config, chosen.prompt_tokens, chosen.response, REPEATS)
             print(report.packing_lines(row))
         return row
-    finally:
-        ray.shutdown()
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
 from rlhf_ray.bench.bare_work import bare_work
 from rlhf_ray.bench.cells import as_values, engine_cells, run_cells
@@ -32,6 +31,7 @@ from rlhf_ray.placement.cells import Cell
 from rlhf_ray.placement.plan import make_plan
 from rlhf_ray.placement.speeds import Samples
 from rlhf_ray.rollout.engine import SampleRequest
+from rlhf_ray.runtime.cluster import own_cluster
 from rlhf_ray.stages.run import open_run
 from rlhf_ray.tracking.timeline import Timeline, cut, iterations, nobody_busy, read_timeline
 
@@ -141,11 +141,8 @@ def this_machine(config: PPOConfig) -> Iterator[None]:
 
     Groups that work one after the other use the same cores, so that Ray is told of more than there are.
     """
-    ray.init("local", num_cpus=int(make_plan(config).needed("CPU")) + 1, include_dashboard=False, log_to_driver=False)
-    try:
+    with own_cluster(int(make_plan(config).needed("CPU")) + 1):
         yield
-    finally:
-        ray.shutdown()
 
 
 def bench_iteration(config: PPOConfig, workload: IterationWorkload) -> dict[str, Any]:

@@ -5,9 +5,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import RayError
 
 from rlhf_ray.errors import ResourceError
@@ -27,7 +27,7 @@ def connection(address: str | None = None, asked: str = "run.ray_address") -> It
 
     Args:
         address: a running cluster ("auto" or HEAD:PORT); None takes `RAY_ADDRESS` (set inside a submitted job) or,
-            without one, starts Ray on this machine for the length of the block.
+            without one, starts Ray on this machine for the length of the block, where nobody else reaches it.
         asked: what gave the address, for errors.
 
     Raises:
@@ -39,12 +39,36 @@ def connection(address: str | None = None, asked: str = "run.ray_address") -> It
         return
     if not address and os.environ.get("RAY_ADDRESS"):
         address, asked = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
-    if address:
-        _join(address, asked)
-    else:
-        check_port_of_head()
-        _start(
+    if not address:
+        with own_cluster():
+            yield
+        return
+    _join(address, asked)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def own_cluster(cpus: int | None = None) -> Iterator[None]:
+    """Ray on this machine for the length of the block. Nobody reaches it from another one.
+
+    Args:
+        cpus: the cores that Ray is told of; None tells it of those that there are.
+
+    Raises:
+        ResourceError: it does not start, or the port that it is to have is in use.
+    """
+    check_port_of_head()
+    clusters = ray_constants.ENABLE_RAY_CLUSTER
+    try:
+        # A node that is to have no others is at 127.0.0.1, and its processes listen there alone. Ray does so by itself
+        # on macOS; here it is asked to, because what answers at its ports may be made to run code.
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        ray.init(
             "local",  # a cluster that `ray start` left on this machine would be joined otherwise
+            num_cpus=cpus,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
@@ -53,21 +77,18 @@ def connection(address: str | None = None, asked: str = "run.ray_address") -> It
             # Ray starts beforehand.
             _system_config={"prestart_worker_first_driver": False},
         )
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _start(address: str, **options: Any) -> None:
-    try:
-        ray.init(address, **options)
     except Exception as error:  # Ray raises nothing more special where a process of its own is too slow
         ray.shutdown()
         raise ResourceError(
             f"Ray could not be started on this machine: {error}. Where other work keeps all cores busy, wait for it "
             "and give the same command again; Ray's own logs are in /tmp/ray/session_latest/logs"
         ) from error
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _join(address: str, asked: str) -> None:

@@ -1,6 +1,5 @@
 """Real Ray, tiny models and trainer groups of one, two and four ranks."""
 
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from rlhf_ray.config.sections import TrainingSection
 from rlhf_ray.training.trainer import TrainerSpec
@@ -19,23 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from tiny_models import make_llama
 from trainer_ranks import Ranks
 
+from rlhf_ray.runtime.cluster import own_cluster
+
 CPUS = 8
 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local cluster with more logical CPUs than the machine may have, so that groups of four ranks fit."""
-    ray.init(
-        "local",
-        num_cpus=CPUS,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        object_store_memory=256 * 2**20,
-        _system_config={"prestart_worker_first_driver": False},
-    )
-    yield
-    ray.shutdown()
+    with own_cluster(CPUS):
+        yield
 
 
 @pytest.fixture(scope="session")

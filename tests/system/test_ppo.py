@@ -211,6 +211,12 @@ def test_a_finished_run_is_left_as_it_is(whole_run: PPOConfig):
 # ---- stopping and continuing
 
 
+def listens_at(process: int) -> list[str]:
+    """The addresses at which a process takes connections."""
+    ends = psutil.Process(process).net_connections("inet")
+    return [end.laddr.ip.removeprefix("::ffff:") for end in ends if end.status == psutil.CONN_LISTEN]
+
+
 @pytest.fixture(scope="module")
 def interrupted_run(whole_run: PPOConfig, inputs: Inputs) -> dict[str, Any]:
     """The same run, asked to stop, then killed, then continued to its end; what happened on the way.
@@ -227,9 +233,11 @@ def interrupted_run(whole_run: PPOConfig, inputs: Inputs) -> dict[str, Any]:
     await_checkpoint(process, checkpoints, 1)
     family = [process.pid, *descendants(process.pid)]
     commands = [" ".join(psutil.Process(pid).cmdline()) for pid in family]
+    listening = [(pid, at) for pid in family for at in listens_at(pid)]
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     story: dict[str, Any] = {"config": config, "exit_code": process.returncode, "output": output, "commands": commands}
+    story["listening"] = listening
     story["files"] = {path: path.read_bytes() for path in files_below(Path(config.run.dir), of_ray)}
     shutil.rmtree(of_ray)
     story["steps_when_stopped"] = len(rows_of(config))
@@ -301,6 +309,11 @@ def survivors(pids: list[int], patience_s: float = 30.0) -> list[str]:
         if not alive or time.monotonic() > deadline:
             return alive
         time.sleep(0.2)
+
+
+def test_a_run_on_a_machine_of_its_own_is_reached_from_there_alone(interrupted_run: dict[str, Any]):
+    assert len({pid for pid, _ in interrupted_run["listening"]}) > 6  # of groups; Ray's own, too
+    assert {at for _, at in interrupted_run["listening"]} <= {"127.0.0.1", "::1"}
 
 
 def test_sigterm_writes_a_checkpoint_and_exits_with_its_own_code(interrupted_run: dict[str, Any]):
