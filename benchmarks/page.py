@@ -120,9 +120,10 @@ SOAK = """
 ## Memory over a run
 
 Resident memory of each process of PPO of [the demonstration](demo.md), with that of its children, as the run goes on.
-"Growth" is the slope of a line through the second half of the iterations. The engine is not flat over 200 iterations:
-it grew by 70 MiB in 100 in the second half of a run of that length, and here it rises by a tenth until iteration 240
-and stands still after. It grows with sampling, not with transfers; why is not known. `python benchmarks/soak.py`.
+"Growth" is the slope of a line through the second half of the iterations, in which no process grows by more than one
+and a half per cent, and most of that in single steps of a few MiB. Every process is larger after the first iterations,
+which meet larger batches. Kernels that oneDNN keeps for each shape it meets had the engine grow by 70 MiB in 100
+iterations before they were limited (`runtime.cluster.ONEDNN_KERNELS`). `python benchmarks/soak.py`.
 """
 
 MEMORY = """
