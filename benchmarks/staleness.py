@@ -3,8 +3,9 @@
     python benchmarks/staleness.py                             # all runs, then the result and its drawing
     python benchmarks/staleness.py shipped-s4-plain-seed0 ...  # only these, then what all finished ones say
 
-Data, SFT and reward model are made once. A run that is finished is kept, one that was stopped goes on. The seed of a
-run is that of its sampling and its order of prompts; data and models before PPO are the same in all.
+Data, SFT and reward model are made once. A run that is finished is kept, one that was stopped goes on. Runs that the
+stored result has and the folder does not stay in it, where they began from the same models. The seed of a run is that
+of its sampling and its order of prompts; data and models before PPO are the same in all.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -289,20 +290,33 @@ def evaluated(path: Path, *arguments: Any, **options: Any) -> dict[str, float]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def finished(folder: Path, warmup: int) -> list[dict[str, Any]]:
-    """What is known of each run that was made and evaluated."""
-    return [
-        rounded(
+def finished(folder: Path, warmup: int, commit: str) -> dict[str, dict[str, Any]]:
+    """What is known of each run of the folder that was made and evaluated, by its name."""
+    return {
+        case.name: rounded(
             vars(case)
             | {
                 "kind": case.kind,
+                "commit": commit,
                 "held_out": json.loads((folder / case.name / "held_out.json").read_text(encoding="utf-8")),
                 "curves": read_curves(folder / case.name, warmup),
             }
         )
         for case in all_cases()
         if (folder / case.name / "held_out.json").is_file()
-    ]
+    }
+
+
+def stored(sft: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """The runs of the stored result, by name; none where they began from another SFT model or had other settings."""
+    if not RESULT.is_file():
+        return {}
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    if (result["sft"], result["settings"]) != (sft, SETTINGS):
+        print(f"{RESULT} is of other models or settings and is made anew")
+        return {}
+    names = [field.name for field in fields(Case)]
+    return {Case(**{name: run[name] for name in names}).name: run for run in result["runs"]}
 
 
 def main() -> None:
@@ -325,7 +339,8 @@ def main() -> None:
         for name in options.names or known:
             policy = train_ppo(ppo_config(base, models, known[name], folder / name))
             evaluated(folder / name / "held_out.json", base, files, models, policy)
-            runs = finished(folder, base.ppo.critic.warmup_iterations)
+            made = stored(rounded(sft)) | finished(folder, base.ppo.critic.warmup_iterations, around["commit"])
+            runs = [made[case] for case in known if case in made]
             write_text(RESULT, report(runs, rounded(sft), around))
             draw(runs, DRAWING)
 

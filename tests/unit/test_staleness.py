@@ -141,3 +141,17 @@ def test_figures_have_five_digits(script: ModuleType):
         "b": 7,
         "c": "x",
     }
+
+
+def test_runs_of_the_stored_result_stay_where_they_began_from_the_same_models(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(script, "RESULT", tmp_path / "staleness.json")
+    assert script.stored({"gold": 0.4}) == {}
+    curves = dict.fromkeys((*script.METRICS, "updates"), [1.0] * 12)
+    run = run_of("shipped-s4-plain", 1, [0.5] * 12, **curves)
+    script.RESULT.write_text(script.report([run], {"gold": 0.4}, {}))
+    assert script.stored({"gold": 0.4}) == {"shipped-s4-plain-seed1": run}
+    assert script.stored({"gold": 0.41}) == {}
+    monkeypatch.setattr(script, "SETTINGS", {"shipped": {}})
+    assert script.stored({"gold": 0.4}) == {}
