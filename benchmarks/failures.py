@@ -36,8 +36,9 @@ meant to happen, the table what did.
 * **The driver** keeps nothing that is not in the run directory. The same command continues from the newest checkpoint;
   the old processes end with the old driver.
 * **A node** is all of the above at once. One that is cut off from the driver hangs: a process there that owes an answer
-  while its host takes no connections is suspect after ten seconds, whatever it still writes to the run directory, and
-  is ended after `run.min_timeout_s`; what heals before goes on. Ray's head calls the node dead after about a minute
+  for 5 s while its host takes no connections counts as silent from then on, whatever it still writes to the run
+  directory: suspect after 5 s more, ended after `run.min_timeout_s`, or earlier where the limit of the phase passes.
+  What heals before goes on. Ray's head calls the node dead after about a minute
   with Ray's own settings (`RAY_health_check_failure_threshold` and `RAY_health_check_timeout_ms` on the head shorten
   that); only then can a process that was placed there start elsewhere.
 * **A checkpoint** is whole or not there: it is written aside, sealed with checksums, and renamed. On a disk that is

@@ -14,6 +14,7 @@ from rlhf_ray.placement.groups import Placement, reserve
 from rlhf_ray.placement.plan import make_plan
 from rlhf_ray.rollout.engine import EngineSpec
 from rlhf_ray.rollout.pool import RolloutPool
+from rlhf_ray.runtime.chaos import reached
 from rlhf_ray.runtime.cluster import connection
 from rlhf_ray.runtime.supervisor import Supervisor, supervisor_of
 from rlhf_ray.scoring.scorer import Scorer
@@ -71,6 +72,7 @@ def running_groups(
         scorer = Scorer(config, placement, critic, tokenizer, tokenizer_folder, supervisor)
         stack.callback(scorer.stop)
         with reporting_stalls(logs.parent):
+            reached("start-up")
             for pending in (policy.start(), critic.start()):
                 pending.result()
             scorer.start()

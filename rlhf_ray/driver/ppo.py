@@ -77,20 +77,19 @@ class PPOLoop:
         self.rollouts = Rollouts(config, groups, prompts, spares, self.ledger, self.activity)
         self.iteration = 0
 
-    def train(self) -> dict[str, float]:
-        """Run the iterations that are left; returns the last one's metrics."""
+    def train(self) -> None:
+        """Run the iterations that are left."""
         with closing(self.activity), closing(self.rollouts), closing(self.ledger), self.run.saving():
-            return self._train()
+            self._train()
 
-    def _train(self) -> dict[str, float]:
+    def _train(self) -> None:
         self.groups.turns.to_trainers()
         self._restore()
         self.ledger.start(self.run.start_step)
         self.groups.turns.to_engines()
-        metrics = self._transfer()
+        self._transfer()
         for iteration in self.run.begin(self.config.ppo.iterations, ["objective/scores", "objective/kl"]):
-            metrics = self.iterate(iteration)
-        return metrics
+            self.iterate(iteration)
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """One iteration, from prompts to engines that serve the new weights; returns its metrics."""

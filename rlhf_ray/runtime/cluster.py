@@ -27,7 +27,8 @@ def connection(address: str | None = None, asked: str = "run.ray_address") -> It
 
     Args:
         address: a running cluster ("auto" or HEAD:PORT); None takes `RAY_ADDRESS` (set inside a submitted job) or,
-            without one, starts Ray on this machine for the length of the block, where nobody else reaches it.
+            without one, starts Ray on this machine for the length of the block, where no other machine reaches it and
+            no other run joins it.
         asked: what gave the address, for errors.
 
     Raises:
@@ -52,7 +53,7 @@ def connection(address: str | None = None, asked: str = "run.ray_address") -> It
 
 @contextmanager
 def own_cluster(cpus: int | None = None) -> Iterator[None]:
-    """Ray on this machine for the length of the block. Nobody reaches it from another one.
+    """Ray on this machine for the length of the block. Nobody reaches it from another one, and no other run joins it.
 
     Args:
         cpus: the cores that Ray is told of; None tells it of those that there are.

@@ -4,6 +4,7 @@ Ray itself takes minutes to give up on an address where nothing listens, and say
 """
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import Collection
@@ -28,6 +29,8 @@ CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 10.0
 # A connection is made within a round trip; the first packet may be lost, and is sent again after a second.
 REACH_TIMEOUT_S = 1.5
+# What the kernel says of another host; other errors of a connection are this process's own.
+UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN, errno.ETIMEDOUT)
 CLIENT_SCHEME = "ray://"  # of Ray Client, whose actors cannot stream what they sample
 
 
@@ -76,10 +79,10 @@ def unreachable(addresses: Collection[tuple[str, int]]) -> set[tuple[str, int]]:
         try:
             async with asyncio.timeout(REACH_TIMEOUT_S):
                 _, writer = await asyncio.open_connection(*address)
-        except ConnectionRefusedError:
-            return False
-        except OSError:  # a timeout is one, too
+        except TimeoutError:
             return True
+        except OSError as error:
+            return error.errno in UNREACHABLE
         writer.close()
         return False
 

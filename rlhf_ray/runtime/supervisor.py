@@ -57,7 +57,7 @@ class _Watched:
         word: what it has written last; the first one seen may be of the process that had its name before.
         heard: when it has written or answered last; None before its first word, which comes with its first work.
         since: when it came into its state.
-        address: where it takes connections; None before it was asked for.
+        address: where it takes connections; None before its first answer.
         cut_off: whether its host took no connection when that was tried last.
     """
 
@@ -183,6 +183,8 @@ class Supervisor:
                 self._end_silent(under_watch)
             except (RayError, OSError):  # Ray itself ends; whoever waits for a process learns it
                 logger.debug("the supervisor could not look", exc_info=True)
+            except Exception:  # one failure must not end the watch
+                logger.warning("the supervisor could not look", exc_info=True)
 
     def _listen(self, under_watch: dict[str, _Watched]) -> None:
         """Take the answers that have come, and the words of those that are too busy to answer."""
@@ -199,6 +201,7 @@ class Supervisor:
             try:
                 ray.get(ref, timeout=LOOK_EVERY_S)
                 one.heard = now if one.heard is not None else None
+                one.address = one.address or _address_of(one.actor)
             except RayActorError as error:
                 self._died(name, one, f"{name}: the actor died: {facts(error)}")
         self._try_hosts(under_watch, now)
@@ -212,9 +215,6 @@ class Supervisor:
     def _try_hosts(self, under_watch: dict[str, _Watched], now: float) -> None:
         """See whether the hosts of those that owe an answer for long, be it because they are busy, take connections."""
         late = [one for one in under_watch.values() if one.answer is not None and now - one.asked > SUSPECT_AFTER_S]
-        for one in late:
-            if one.address is None:
-                one.address = _address_of(one.actor)
         failed = unreachable({one.address for one in late if one.address is not None})
         for one in under_watch.values():
             one.cut_off = one in late and one.address in failed

@@ -15,6 +15,7 @@ from rlhf_ray.models.loading import check_same_vocabulary, load_config, load_tok
 from rlhf_ray.models.saving import ModelCard
 from rlhf_ray.packing import Sequence
 from rlhf_ray.rollout.options import check_options
+from rlhf_ray.runtime.chaos import reached
 from rlhf_ray.scoring.actors import import_function
 from rlhf_ray.stages.models import check_context, prepare_tokenizer
 from rlhf_ray.stages.restarts import starts_again
@@ -47,8 +48,10 @@ def train_ppo(config: PPOConfig) -> Path:
         prompts, spares = set_aside(prompts, config.ppo.spare_prompts, config.run.seed)
         ptx = read_ptx(config, tokenizer)
         with running_groups(config, tokenizer, tokenizer_folder, run.directory.logs) as groups:
-            metrics = PPOLoop(config, run, groups, prompts, ptx, spares).train()
-            final: dict[str, Any] = {name: metrics.get(name) for name in ("objective/scores", "objective/kl")}
+            PPOLoop(config, run, groups, prompts, ptx, spares).train()
+            # Of the file, because a run that died after its last iteration has none left to do.
+            last = run.directory.read_metrics()[-1]
+            final: dict[str, Any] = {name: last.get(name) for name in ("objective/scores", "objective/kl")}
             card = ModelCard(
                 title=run_dir.name,
                 method="PPO",
@@ -57,6 +60,7 @@ def train_ppo(config: PPOConfig) -> Path:
                 summary={"iterations": config.ppo.iterations, "prompts": len(prompts), **final},
             )
             groups.policy.export(str(run.model_folder), tokenizer_folder, card).result()
+            reached("export")
             groups.critic.export(str(run_dir / "critic"), tokenizer_folder, card).result()
         run.finish({"iterations": config.ppo.iterations, "prompts": len(prompts), **final})
         return run.model_folder

@@ -301,11 +301,13 @@ TRAINERS = [
 DRIVERS = [
     Case(f"driver-{name}", f"the driver is killed {when}", (killed("driver", state, count),), starts=2)
     for name, state, count, when in (
+        ("start", "start-up", 1, "while the groups start"),
         ("wait", "wait", 3, "while it waits for samples"),
         ("advantages", "advantages", 3, "while it computes advantages"),
         ("train", "train", 3, "while policy and critic train"),
         ("transfer", "transfer", 4, "while weights are sent"),
         ("checkpoint", "sealing a checkpoint", 2, "while it seals a checkpoint"),
+        ("export", "export", 1, "after the last iteration, while models are written"),
     )
 ]
 DRIVERS.append(
@@ -341,6 +343,7 @@ NODES += [
         (killed("rollout-1", "tokens", 4, action="stop"),),
         only_here=HANGS | {"placement": {"labels": _labels(rollout="engine"), "spread": ["rollout"]}},
         around=partial(hosts, cut_for_s=seconds),
+        heals=seconds < HANGS["run"]["min_timeout_s"],
     )
     for name, seconds in (("blink", 5), ("cut", 90))
 ]

@@ -91,6 +91,7 @@ class Case:
         changes: keys of the configuration, by section, also of the undisturbed run that it is compared with.
         only_here: keys that this run alone has.
         exit_code: of the last command; where it is not 0, the run ends for good, with a checkpoint of what it trained.
+        heals: whether what strikes is over before it counts as a failure.
         starts: how often the command is given; all but the last end with an error or the driver's death.
         equal: whether its numbers are those of the undisturbed run, bit for bit.
         reward_within: how far the reward that it learned may be from that of the undisturbed run, which must have
@@ -104,6 +105,7 @@ class Case:
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     only_here: dict[str, dict[str, Any]] = field(default_factory=dict)
     exit_code: int = 0
+    heals: bool = False
     starts: int = 1
     equal: bool = True
     reward_within: float | None = None
@@ -306,8 +308,7 @@ def late(case: Case, found: dict[str, Any]) -> list[str]:
         if one is None or event.action not in STRIKES:
             continue
         hang = limits.min_timeout_s if event.action == "stop" else 0.0
-        heals = case.around is not None and event.action == "stop"
-        if one.get("noticed_s", 0.0 if heals else math.inf) > hang + NOTICED_WITHIN_S:
+        if one.get("noticed_s", 0.0 if case.heals else math.inf) > hang + NOTICED_WITHIN_S:
             wrong.append(f"{event.name} was noticed after {one.get('noticed_s', math.inf):.1f} s")
         within = hang + NOTICED_WITHIN_S + 2 * one.get("start_up_s", math.inf)
         last_of_victim = [row for row in found["events"] if row["victim"] == one["victim"]][-1] is one
@@ -321,10 +322,11 @@ def _last_lines(output: str) -> str:
 
 
 def differences(expected: PPOConfig, found: PPOConfig) -> list[str]:
-    """Where a run's numbers are not those of another: metrics, samples or weights."""
+    """Where a run's numbers are not those of another: metrics, samples, weights or the summary."""
     there, here = Path(expected.run.dir), Path(found.run.dir)
     different = []
-    for name, read in (("metrics", _metrics), ("samples", _samples), ("weights", _weights)):
+    parts = {"metrics": _metrics, "samples": _samples, "weights": _weights, "summary": _summary}
+    for name, read in parts.items():
         try:
             if read(here) != read(there):
                 different.append(name)
@@ -345,6 +347,11 @@ def _samples(run: Path) -> dict[str, list[dict[str, Any]]]:
 def _weights(run: Path) -> dict[str, str]:
     files = [run / folder / "model.safetensors" for folder in ("model", "critic")]
     return {str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    """All but where the model is."""
+    return {name: value for name, value in json.loads((run / "summary.json").read_text()).items() if name != "model"}
 
 
 def _event(event: Event, folder: Path, run: Path, ends: list[float]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Real Ray, tiny models and trainer groups of one, two and four ranks."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from rlhf_ray.config.sections import TrainingSection
 from rlhf_ray.training.trainer import TrainerSpec
@@ -17,16 +19,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from tiny_models import make_llama
 from trainer_ranks import Ranks
 
-from rlhf_ray.runtime.cluster import own_cluster
-
 CPUS = 8
 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A local cluster with more logical CPUs than the machine may have, so that groups of four ranks fit."""
-    with own_cluster(CPUS):
-        yield
+    """A local cluster with more logical CPUs than the machine may have, so that groups of four ranks fit.
+
+    At the address of its node: this process may make clusters of several nodes later, which would be at 127.0.0.1, too.
+    """
+    ray.init(
+        "local",
+        num_cpus=CPUS,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        object_store_memory=256 * 2**20,
+        _system_config={"prestart_worker_first_driver": False},
+    )
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

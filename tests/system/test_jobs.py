@@ -96,7 +96,10 @@ def cluster(tmp_path_factory):
 
 @contextmanager
 def started(folder: Path, environment: dict[str, str], agent_port: int = 0) -> Iterator[Cluster]:
-    """A cluster of one node, at ports that Ray chooses: one found free before may be another's by then."""
+    """A cluster of one node, at ports that Ray chooses: one found free before may be another's by then.
+
+    But for that of Ray Client, which cannot be left to it, and which several clusters may listen on.
+    """
     # Not pytest's folder: the paths of Ray's sockets may have about a hundred characters.
     with tempfile.TemporaryDirectory(prefix="jobs", ignore_cleanup_errors=True) as ray_folder:
         options = {

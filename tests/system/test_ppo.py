@@ -213,7 +213,10 @@ def test_a_finished_run_is_left_as_it_is(whole_run: PPOConfig):
 
 def listens_at(process: int) -> list[str]:
     """The addresses at which a process takes connections."""
-    ends = psutil.Process(process).net_connections("inet")
+    try:
+        ends = psutil.Process(process).net_connections("inet")
+    except psutil.Error:  # it has just ended
+        return []
     return [end.laddr.ip.removeprefix("::ffff:") for end in ends if end.status == psutil.CONN_LISTEN]
 
 

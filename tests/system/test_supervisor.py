@@ -177,10 +177,8 @@ def test_a_process_that_works_for_long_without_an_answer_is_left_alone(superviso
 def test_a_process_whose_host_is_cut_off_is_ended_although_it_writes_that_it_works(
     supervisor: Supervisor, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    supervisor.patience.floor_s = 2 * FLOOR_S  # a look takes seconds now, and is to find it suspect before
     actor, _ = start(run_dir, "cut-0")
-    supervisor.watch("cut-0", actor)
-    supervisor.note("cut-0", Event.LOADED)
-    time.sleep(2.5)  # it has been heard of
     with socket.socket() as listener, ExitStack() as stack:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -189,6 +187,9 @@ def test_a_process_whose_host_is_cut_off_is_ended_although_it_writes_that_it_wor
             client.setblocking(False)
             client.connect_ex(listener.getsockname())
         monkeypatch.setattr(supervisor_module, "_address_of", lambda actor: listener.getsockname())
+        supervisor.watch("cut-0", actor)
+        supervisor.note("cut-0", Event.LOADED)
+        time.sleep(2.5)  # it has been heard of
         answer = actor.work.remote(60.0)
         await_state(supervisor, "cut-0", State.SUSPECT)
         with pytest.raises(ActorDied):
