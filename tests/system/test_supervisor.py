@@ -2,17 +2,16 @@
 
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import ray
+from sockets import unanswered
 
 from rlhf_ray.errors import ActorDied, Stalled
 from rlhf_ray.runtime import supervisor as supervisor_module
@@ -179,14 +178,8 @@ def test_a_process_whose_host_is_cut_off_is_ended_although_it_writes_that_it_wor
 ):
     supervisor.patience.floor_s = 2 * FLOOR_S  # a look takes seconds now, and is to find it suspect before
     actor, _ = start(run_dir, "cut-0")
-    with socket.socket() as listener, ExitStack() as stack:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(4):  # more than the queue holds: the next ones get no answer
-            client = stack.enter_context(socket.socket())
-            client.setblocking(False)
-            client.connect_ex(listener.getsockname())
-        monkeypatch.setattr(supervisor_module, "_address_of", lambda actor: listener.getsockname())
+    with unanswered() as address:
+        monkeypatch.setattr(supervisor_module, "_address_of", lambda actor: address)
         supervisor.watch("cut-0", actor)
         supervisor.note("cut-0", Event.LOADED)
         time.sleep(2.5)  # it has been heard of
