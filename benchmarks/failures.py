@@ -38,9 +38,9 @@ meant to happen, the table what did.
 * **A node** is all of the above at once. One that is cut off from the driver hangs: a process there that owes an answer
   for 5 s while its host takes no connections counts as silent from then on, whatever it still writes to the run
   directory: suspect after 5 s more, ended after `run.min_timeout_s`, or earlier where the limit of the phase passes.
-  What heals before goes on. Ray's head calls the node dead after about a minute
-  with Ray's own settings (`RAY_health_check_failure_threshold` and `RAY_health_check_timeout_ms` on the head shorten
-  that); only then can a process that was placed there start elsewhere.
+  What heals before goes on. Ray's head calls the node dead after about a minute with Ray's own settings
+  (`RAY_health_check_failure_threshold` and `RAY_health_check_timeout_ms` on the head shorten that); only then can a
+  process that was placed there start elsewhere.
 * **A checkpoint** is whole or not there: it is written aside, sealed with checksums, and renamed. On a disk that is
   full the run goes on with the older ones and a warning; the last one must be written, or the run ends with an error.
 * **In synchronous mode** (`ppo.max_staleness: 0`) none of this shows in the numbers: metrics, samples and weights are

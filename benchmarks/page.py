@@ -120,9 +120,8 @@ SOAK = """
 ## Memory over a run
 
 Resident memory of each process of PPO of [the demonstration](demo.md), with that of its children, as the run goes on.
-"Growth" is the slope of a line through the second half of the iterations. From its begin to its end the engine grows by
-0.3 %, and no process by more than 1.4 % (the policy), in single steps of a few MiB; in the first half the engine grows
-by 5 %. Kernels that oneDNN keeps for each shape it meets had it grow by 70 MiB in 100 iterations of the second half
+"Growth" is the slope of a line through the second half of the iterations, in which processes grow in single steps of a
+few MiB. Kernels that oneDNN keeps for each shape it meets had it grow by 70 MiB in 100 iterations of the second half
 before they were limited (`runtime.cluster.ONEDNN_KERNELS`). `python benchmarks/soak.py`.
 """
 

@@ -112,7 +112,7 @@ def _import_path() -> list[str]:
 
 # oneDNN keeps the kernels that it made for each shape of a matrix product, 1,024 of them by itself. An engine meets new
 # shapes in every iteration, as prompts differ and responses end one by one, and grows by 0.4 MiB for each. With fewer
-# it stays as large as it was after some iterations, and takes up to 3 % longer to sample with a tiny model.
+# it stays as large as it was after some iterations, and takes up to 8 % longer to sample with a tiny model.
 ONEDNN_KERNELS = 128
 
 # How glibc keeps memory for the next pass over a model. On its own it gives the large tensors of each pass back to the

@@ -73,3 +73,4 @@ def test_memory_is_flat_in_the_second_half_of_200_iterations():
         tenths = row["tenths_mib"]
         assert len(tenths) == 10
         assert tenths[-1] <= 1.015 * tenths[4], name
+        assert tenths[-1] <= 1.01 * tenths[7], name
